@@ -1,0 +1,209 @@
+"""What the ops of `ops.liquid` compute, as plain functions on torch tensors.
+
+These are the definitions: the reference model's custom ops and the interpreter share them. They
+are differentiable where that has a meaning, and work in any floating dtype.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+Tensor = torch.Tensor
+
+
+def rope(x: Tensor, positions: Tensor, theta: float) -> Tensor:
+    """Rotate x [..., H, hd] by `positions` [...], half rotation; angles in float32 (or float64)."""
+    half = x.shape[-1] // 2
+    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+    steps = torch.arange(half, dtype=dtype, device=x.device)
+    angle = positions.to(dtype)[..., None, None] * theta ** (-steps / half)
+    cos, sin = angle.cos().to(x.dtype), angle.sin().to(x.dtype)
+    first, second = x[..., :half], x[..., half:]
+    return torch.cat([first * cos - second * sin, second * cos + first * sin], -1)
+
+
+def depth_gate(
+    score: Tensor,
+    valid: Tensor,
+    positions: Tensor,
+    force: Tensor,
+    bias: Tensor,
+    min_depth: Tensor,
+    executed: Tensor,
+    threshold: float,
+    compare: str,
+    reserved: int,
+    remaining: int,
+) -> tuple[Tensor, Tensor]:
+    """The final mask bool[B, T] and p = sigmoid(score) [B, T]; see `ops.DepthGate`."""
+    p = torch.sigmoid(score)
+    decided = torch.sigmoid(score + bias[:, None])
+    mask = decided >= threshold if compare == "ge" else decided > threshold
+    mask = mask | (min_depth[:, None] - executed >= remaining) | (positions < reserved)
+    mask = torch.where(force == 0, mask, (force > 0).expand_as(mask))
+    return mask & valid, p
+
+
+def append(cache: Tensor, new: Tensor, length: Tensor, mask: Tensor) -> Tensor:
+    """The cache [B, KV, S, hd] with the masked tokens of new [B, T, KV, hd] from slot length[b]."""
+    slots = cache.shape[2]
+    rank = torch.cumsum(mask.to(torch.int64), 1) - 1
+    # Tokens that are not written go to one slot beyond the end, which is cut off again.
+    target = torch.where(mask, length[:, None] + rank, slots)
+    wide = torch.cat([cache, cache[:, :, :1]], 2)
+    index = target[:, None, :, None].expand(-1, cache.shape[1], -1, cache.shape[3])
+    return wide.scatter(2, index, new.transpose(1, 2))[:, :, :slots]
+
+
+def attend(q: Tensor, key: Tensor, value: Tensor, limit: Tensor, scale: float) -> Tensor:
+    """q [B, T, H, hd] over slots j < limit[b, t] of key, value [B, KV, S, hd]; 0 without any."""
+    groups = q.shape[2] // key.shape[1]
+    key, value = (x.repeat_interleave(groups, 1) for x in (key, value))
+    visible = torch.arange(key.shape[2], device=q.device) < limit[:, None, :, None]
+    # Slots beyond the limit may hold anything, NaN included: neither may reach a product.
+    used = visible.any(2)[..., None]
+    key, value = (torch.where(used, x, torch.zeros_like(x)) for x in (key, value))
+    scores = (q.transpose(1, 2) @ key.transpose(2, 3)) * scale
+    scores = scores.masked_fill(~visible, float("-inf"))
+    share = torch.softmax(scores, -1).masked_fill(~visible, 0.0)
+    return (share @ value).transpose(1, 2)
+
+
+def route(
+    logits: Tensor,
+    mask: Tensor,
+    selection_bias: Tensor | None,
+    k: int,
+    score: str,
+    post: str,
+    renorm_eps: float,
+    n_group: int,
+    topk_group: int,
+    group_score: str,
+    group_fill: str,
+    scaling: float,
+) -> tuple[Tensor, Tensor]:
+    """Indices i64[..., k] and weights [..., k] of the experts of each token; see `ops.Route`."""
+    match score:
+        case "softmax":
+            scores = torch.softmax(logits, -1)
+        case "sigmoid":
+            scores = torch.sigmoid(logits)
+        case _:
+            scores = logits
+    chosen = scores if selection_bias is None else scores + selection_bias
+    if n_group > 1:
+        chosen = _limit_groups(chosen, n_group, topk_group, group_score, group_fill)
+    # A stable descending sort makes the lowest index win a tie; torch.topk promises no order.
+    index = torch.sort(chosen, -1, descending=True, stable=True).indices[..., :k]
+    weight = scores.gather(-1, index)
+    match post:
+        case "renorm":
+            weight = weight / (weight.sum(-1, keepdim=True) + renorm_eps)
+        case "softmax_k":
+            weight = torch.softmax(weight, -1)
+        case "sigmoid":
+            weight = torch.sigmoid(weight)
+        case _:
+            pass
+    weight = weight * scaling
+    seen = mask[..., None]
+    return torch.where(seen, index, -1), torch.where(seen, weight, 0.0)
+
+
+def _limit_groups(
+    scores: Tensor, n_group: int, topk_group: int, group_score: str, group_fill: str
+) -> Tensor:
+    """Keep the scores of the best `topk_group` of `n_group` equal groups (DeepSeek-V2/V3)."""
+    grouped = scores.unflatten(-1, (n_group, -1))
+    if group_score == "top2sum":
+        rank = grouped.topk(min(2, grouped.shape[-1]), -1).values.sum(-1)
+    else:
+        rank = grouped.amax(-1)
+    best = torch.sort(rank, -1, descending=True, stable=True).indices[..., :topk_group]
+    kept = torch.zeros_like(rank, dtype=torch.bool).scatter(-1, best, True)
+    fill = 0.0 if group_fill == "zero" else float("-inf")
+    return grouped.masked_fill(~kept[..., None], fill).flatten(-2)
+
+
+def expert_mask(index: Tensor, expert: int) -> Tensor:
+    """Tokens that use the expert: bool[...]."""
+    return (index == expert).any(-1)
+
+
+def expert_weight(index: Tensor, weight: Tensor, expert: int) -> Tensor:
+    """The weight that each token gives the expert, 0 if none: [...]."""
+    return torch.where(index == expert, weight, 0.0).sum(-1)
+
+
+def map_experts(
+    x: Tensor,
+    index: Tensor,
+    weight: Tensor,
+    count: int,
+    body: Callable[[Tensor, int], Tensor],
+    apply: str,
+) -> Tensor:
+    """`Σ_slots weight · body(x, expert)`, each expert once over the tokens that use it.
+
+    Args:
+        x: [..., D].
+        index: i64[..., k], -1 for none.
+        weight: [..., k].
+        count: number of experts.
+        body: tokens [n, D] and an expert's number to [n, D'].
+        apply: "output", or "input" when the weight multiplies x.
+    """
+    tokens, chosen = x.reshape(-1, x.shape[-1]), index.reshape(-1, index.shape[-1])
+    shares = weight.reshape(chosen.shape).to(x.dtype)
+    total: Tensor | None = None
+    for expert in range(count):
+        where, slot = (chosen == expert).nonzero(as_tuple=True)
+        if where.numel() == 0:
+            continue
+        share = shares[where, slot][:, None]
+        inputs = tokens[where]
+        out = body(inputs * share, expert) if apply == "input" else body(inputs, expert) * share
+        if total is None:
+            total = out.new_zeros(tokens.shape[0], out.shape[-1])
+        total = total.index_add(0, where, out)
+    if total is None:
+        total = body(tokens[:0], 0).new_zeros(tokens.shape[0], tokens.shape[1])
+    return total.reshape(*x.shape[:-1], total.shape[-1])
+
+
+def take_tokens(x: Tensor, index: Tensor) -> Tensor:
+    """x [B, T, ...] at `index` [B, P]: [B, P, ...]."""
+    return x[torch.arange(x.shape[0], device=x.device)[:, None], index]
+
+
+def rows(mask: Tensor) -> Tensor:
+    """The true places of `mask` [B, T] as b · T + t: i64[N]."""
+    return mask.reshape(-1).nonzero(as_tuple=True)[0]
+
+
+def gather_rows(x: Tensor, rows: Tensor) -> Tensor:
+    """Tokens of x [B, T, ...]: [N, ...]."""
+    return x.flatten(0, 1)[rows]
+
+
+def scatter_rows(base: Tensor, rows: Tensor, update: Tensor) -> Tensor:
+    """`base` [B, T, ...] with the tokens `rows` replaced."""
+    return base.flatten(0, 1).index_copy(0, rows, update).reshape(base.shape)
+
+
+def append_rows(cache: Tensor, new: Tensor, rows: Tensor, length: Tensor, mask: Tensor) -> Tensor:
+    """`append` of the compacted tokens new [N, KV, hd]."""
+    blank = new.new_zeros(*mask.shape, *new.shape[1:])
+    return append(cache, scatter_rows(blank, rows, new), length, mask)
+
+
+def attend_rows(
+    q: Tensor, key: Tensor, value: Tensor, limit: Tensor, rows: Tensor, mask: Tensor, scale: float
+) -> Tensor:
+    """`attend` of the compacted queries q [N, H, hd]."""
+    blank = q.new_zeros(*mask.shape, *q.shape[1:])
+    limits = scatter_rows(limit.new_zeros(mask.shape), rows, limit)
+    return gather_rows(attend(scatter_rows(blank, rows, q), key, value, limits, scale), rows)
