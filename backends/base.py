@@ -1,0 +1,203 @@
+"""What a target is: the functions it wants, the passes it runs, the stages that build its engine.
+
+A backend *declares* its stages; one loop in `liquidc.pipeline` runs them, dumps them and starts
+from any of them. The first stage receives the IR module after the passes; every stage turns one
+artefact into the next; the last one has written its files into `context.directory` and returns a
+JSON object, which the manifest keeps as `artifact`.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from liquidc.ir.weights import WeightSource
+
+if TYPE_CHECKING:
+    from liquidc.manifest import Manifest
+
+Arrays = dict[str, NDArray[Any]]
+"""Tensors by the name that they have in the IR function."""
+
+
+def _ignore(amount: int) -> None:
+    del amount
+
+
+@dataclass(frozen=True, slots=True)
+class StageContext:
+    """What a stage may use besides its artefact.
+
+    Args:
+        directory: the engine directory that is being written (it exists; only the last stage
+            writes to it).
+        source: where the module's weights are read from.
+        advance: called with the number of bytes of weights written, for the progress bar.
+    """
+
+    directory: Path
+    source: WeightSource
+    advance: Callable[[int], None] = _ignore
+
+
+@dataclass(frozen=True, slots=True)
+class Stage:
+    """One step from artefact to artefact.
+
+    Args:
+        name: as in `--start-from NAME=FILE`.
+        suffix: of the dumped file, with the dot; empty if the artefact can't be dumped.
+        run: the step.
+        dump: writes the artefact that `run` returned to a file.
+        load: reads that file back; None if the stage can't be started from.
+    """
+
+    name: str
+    suffix: str
+    run: Callable[[Any, StageContext], Any]
+    dump: Callable[[Any, Path], None] | None = None
+    load: Callable[[Path], Any] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class RunnerOptions:
+    """How to run an engine.
+
+    Args:
+        threads: threads of one operation; None leaves it to the target.
+        bench: use the settings that the target recommends for measuring.
+    """
+
+    threads: int | None = None
+    bench: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Trace:
+    """What a profiled run executed, by the target's own profiler; nothing is taken from outputs.
+
+    Args:
+        gates: by index of the gate, the tokens for which the work behind it was computed: the
+            leading dimension of that work, summed over the calls. Work that is masked instead of
+            skipped counts all tokens.
+        experts: by layer and expert, the tokens that the expert computed; a layer is absent if the
+            profiler can't tell its experts apart.
+    """
+
+    gates: dict[int, int] = field(default_factory=dict[int, int])
+    experts: dict[int, dict[int, int]] = field(default_factory=dict[int, dict[int, int]])
+
+
+class Cache(Protocol):
+    """The key/value cache of one session; what is inside belongs to the runner."""
+
+    @property
+    def batch(self) -> int:
+        """Number of rows."""
+        ...
+
+    @property
+    def capacity(self) -> int:
+        """Tokens that a row can hold."""
+        ...
+
+    @property
+    def kv_len(self) -> NDArray[np.int64]:
+        """Slots taken by layer and row, [L, B]; a copy."""
+        ...
+
+
+class Runner(ABC):
+    """A loaded engine that computes one step at a time. It checks nothing: `liquidc.runtime` does.
+
+    Attributes:
+        bench_note: the settings that `RunnerOptions.bench` chose, for reports.
+    """
+
+    bench_note: str = ""
+
+    @abstractmethod
+    def new_cache(self, batch: int, capacity: int) -> Cache:
+        """An empty cache, allocated once: `batch` rows of up to `capacity` tokens.
+
+        A runner may allocate more slots than that if its target needs slack.
+        """
+
+    @abstractmethod
+    def step(self, inputs: Mapping[str, NDArray[Any]], cache: Cache) -> Arrays:
+        """Run the tokens of one call and update the cache in place.
+
+        Args:
+            inputs: `input_ids` i64[B, T], `lengths` i64[B], `position_start` i64[B],
+                `logit_index` i64[B, P] and, if the engine has gates, `gate_force` i8[G],
+                `gate_bias` f32[B], `min_depth` i64[B]. Everything but `kv_len` and `past.*`.
+            cache: of `new_cache` of this runner.
+
+        Returns:
+            `logits` f32[B, P, V] and, as the engine has them, `gates` bool[G, B, T], `gate_p`
+            f32[G, B, T], `experts` i64[L, B, T, k].
+        """
+
+    @abstractmethod
+    def profile(self, work: Callable[[Runner], None]) -> Trace:
+        """Call `work` with a runner under the target's profiler, and say what it executed.
+
+        The runner that `work` gets has caches of its own and is closed when this returns.
+        """
+
+    @abstractmethod
+    def close(self) -> None:
+        """Free what the runner holds; it can't be used afterwards."""
+
+
+class Backend(ABC):
+    """A target.
+
+    Attributes:
+        name: as in `--target`.
+        functions: the IR functions that it compiles; others are dropped before the passes.
+        pipeline: names of the passes that it runs, in order, with options as in `--passes`.
+        stages: from the module after the passes to the engine's files.
+        summary: one line for `liquidc targets`.
+    """
+
+    name: str
+    summary: str
+    functions: tuple[str, ...]
+    pipeline: tuple[str, ...]
+    stages: tuple[Stage, ...]
+
+    @abstractmethod
+    def availability(self) -> str | None:
+        """Why engines can't be built or run here, with what to do about it; None if they can."""
+
+    @abstractmethod
+    def target(self) -> dict[str, str]:
+        """What an engine built now needs in order to run: `name` and the versions it depends on.
+
+        A function of the installed software, not of the machine; the manifest keeps it.
+        """
+
+    @abstractmethod
+    def refuses(self, target: Mapping[str, str]) -> str | None:
+        """Why an engine with this `target` can't run here; None if it can. Reads no engine."""
+
+    @abstractmethod
+    def tools(self) -> dict[str, str]:
+        """Versions of the tools that shape the engine's bytes, by name."""
+
+    @abstractmethod
+    def runner(self, engine: Path, manifest: Manifest, options: RunnerOptions) -> Runner:
+        """Load an engine whose files were checked.
+
+        Args:
+            engine: its directory.
+            manifest: its manifest.
+            options: how to run it.
+        """

@@ -1,0 +1,96 @@
+"""weights.bin: the weights of an engine one after the other, aligned, readable by mapping.
+
+Weights are evaluated in blocks of rows while they are written, so memory is bounded by the block.
+"""
+
+from __future__ import annotations
+
+import mmap
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from liquidc.ir.types import DType, TensorType
+from liquidc.ir.weights import WeightExpr, WeightSource, evaluate, sizes, torch_dtype
+
+NAME = "weights.bin"
+ALIGNMENT = 4096
+"""Every weight starts at a multiple of this many bytes: a page, so that it can be mapped alone."""
+
+
+def byte_size(type: TensorType) -> int:
+    """Bytes of a tensor of this type."""
+    count = type.dtype.bytes
+    for size in sizes(type.shape):
+        count *= size
+    return count
+
+
+def layout(weights: Mapping[str, WeightExpr]) -> dict[str, int]:
+    """The offset of each weight, in the order given."""
+    offsets: dict[str, int] = {}
+    end = 0
+    for name, expr in weights.items():
+        offsets[name] = -(-end // ALIGNMENT) * ALIGNMENT
+        end = offsets[name] + byte_size(expr.type)
+    return offsets
+
+
+def write_weights(
+    path: Path,
+    weights: Mapping[str, WeightExpr],
+    source: WeightSource,
+    advance: Callable[[int], None],
+) -> dict[str, int]:
+    """Write the weights.
+
+    Args:
+        path: the file to write.
+        weights: in the order in which they are stored.
+        source: where their tensors are read.
+        advance: called with the number of bytes after each block.
+
+    Returns:
+        The offset of each weight.
+    """
+    offsets = layout(weights)
+    with path.open("wb") as file:
+        for name, expr in weights.items():
+            file.write(b"\0" * (offsets[name] - file.tell()))
+            for block in evaluate(expr, source):
+                data = memoryview(block.reshape(-1).view(torch.uint8).numpy())
+                file.write(data)
+                advance(len(data))
+    return offsets
+
+
+class WeightsFile:
+    """The weights of an engine, mapped; a `WeightSource`.
+
+    Args:
+        path: the file.
+        index: by name, `dtype`, `shape` and `offset`.
+    """
+
+    def __init__(self, path: Path, index: Mapping[str, Mapping[str, Any]]) -> None:
+        self._index = index
+        with path.open("rb") as file:
+            self._map = mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ, flags=mmap.MAP_PRIVATE)
+
+    def read_rows(self, name: str, start: int, stop: int) -> torch.Tensor:
+        """Rows `start:stop` of a weight; a scalar counts as one row."""
+        entry = self._index[name]
+        dtype = torch_dtype(DType(entry["dtype"]))
+        shape = [int(size) for size in entry["shape"]] or [1]
+        row = 1
+        for size in shape[1:]:
+            row *= size
+        offset = int(entry["offset"]) + start * row * dtype.itemsize
+        flat = bytearray(self._map[offset : offset + (stop - start) * row * dtype.itemsize])
+        return torch.frombuffer(flat, dtype=dtype).reshape(stop - start, *shape[1:])
+
+    def close(self) -> None:
+        """Unmap the file."""
+        self._map.close()

@@ -1,0 +1,205 @@
+"""manifest.json: what an engine is, what it needs and which bytes it consists of.
+
+The manifest is a function of the inputs alone: no time, no host, no absolute path. It is written
+in one canonical form and sealed with its own hash, so that every changed byte is noticed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass, field
+from pathlib import PurePosixPath
+from typing import Any, cast
+
+from liquidc.errors import EngineError
+from liquidc.records import canonical, from_json, to_json
+
+FORMAT = "liquidc-engine"
+SCHEMA = 1
+"""Version of the engine directory. A loader refuses a newer one."""
+
+MANIFEST = "manifest.json"
+MAX_BYTES = 64 * 1024 * 1024
+"""A manifest larger than this is refused unread."""
+
+
+@dataclass(frozen=True, slots=True)
+class TensorSpec:
+    """One input or output of an entry point; a dimension is a size or a name."""
+
+    name: str
+    dtype: str
+    shape: tuple[int | str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class EntryPoint:
+    """One function of the engine."""
+
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+
+    def input(self, name: str) -> TensorSpec | None:
+        """The input `name`, if the function has it."""
+        return next((spec for spec in self.inputs if spec.name == name), None)
+
+    def output(self, name: str) -> TensorSpec | None:
+        """The output `name`, if the function has it."""
+        return next((spec for spec in self.outputs if spec.name == name), None)
+
+
+@dataclass(frozen=True, slots=True)
+class GateInfo:
+    """One depth gate; its index in the list is its index in `gate_force` and `gates`."""
+
+    layer: int
+    threshold: float
+    compare: str
+    reserved: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class ExpertInfo:
+    """The sparse experts of one layer."""
+
+    layer: int
+    experts: int
+    per_token: int
+
+
+@dataclass(frozen=True, slots=True)
+class ModelInfo:
+    """Facts about the model that a runtime needs."""
+
+    sha256: str
+    type: str
+    layers: int
+    vocabulary: int
+    context: int | None
+    gates: tuple[GateInfo, ...]
+    experts: tuple[ExpertInfo, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class CacheInfo:
+    """The key/value cache: per layer a `key` and a `value` of `shape` and a length per row."""
+
+    layers: int
+    dtype: str
+    shape: tuple[int | str, ...]
+    policy: str
+
+
+@dataclass(frozen=True, slots=True)
+class PassInfo:
+    """A pass that ran, with its options."""
+
+    name: str
+    options: dict[str, Any] = field(default_factory=dict[str, Any])
+
+
+@dataclass(frozen=True, slots=True)
+class FileInfo:
+    """Size and hash of one file."""
+
+    bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True, slots=True)
+class CostInfo:
+    """Bytes of weights that one token reads.
+
+    `always` is read by every token, `run` and `skip` by gate when the gate's layer runs or is
+    skipped, so that any depth level can be priced. Experts count with the k that a token uses.
+    """
+
+    always: int
+    run: tuple[int, ...]
+    skip: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Manifest:
+    """The contents of manifest.json, its format and seal apart."""
+
+    schema: int
+    liquidc: str
+    model: ModelInfo
+    target: dict[str, str]
+    passes: tuple[PassInfo, ...]
+    functions: dict[str, EntryPoint]
+    files: dict[str, FileInfo]
+    tools: dict[str, str]
+    cost: CostInfo
+    artifact: dict[str, Any]
+    cache: CacheInfo | None = None
+    fidelity: dict[str, Any] | None = None
+
+    def to_bytes(self) -> bytes:
+        """The file: canonical JSON with format and seal."""
+        body = {"format": FORMAT, **to_json(self)}
+        return canonical({**body, "seal": _seal(body)})
+
+    @property
+    def sha256(self) -> str:
+        """Hash of the file, which stands for the whole engine."""
+        return hashlib.sha256(self.to_bytes()).hexdigest()
+
+
+def parse_manifest(data: bytes, where: str) -> Manifest:
+    """Read a manifest.
+
+    Args:
+        data: the file.
+        where: its path, for messages.
+
+    Raises:
+        EngineError: it is no manifest, of a newer schema, malformed, or changed after it was
+            written.
+    """
+    try:
+        body: Any = json.loads(data)
+    except (ValueError, RecursionError) as error:
+        raise EngineError(f"{where}: not valid JSON ({error}); compile the engine again") from None
+    entries = cast(dict[str, Any], body) if isinstance(body, dict) else {}
+    if entries.get("format") != FORMAT:
+        raise EngineError(f"{where}: not the manifest of a liquidc engine")
+    schema = entries.get("schema")
+    if type(schema) is int and schema > SCHEMA:
+        raise EngineError(
+            f"{where}: schema {schema} is newer than {SCHEMA}, the newest that this liquidc "
+            "reads; update liquidc or compile the engine again"
+        )
+    if schema != SCHEMA:
+        raise EngineError(f"{where}: schema must be {SCHEMA}, not {schema!r}")
+    seal = entries.pop("seal", None)
+    if seal != _seal(entries) or canonical({**entries, "seal": seal}) != data:
+        raise EngineError(f"{where}: changed after it was written; compile the engine again")
+    entries.pop("format")
+    try:
+        manifest = from_json(Manifest, entries)
+    except ValueError as error:
+        raise EngineError(f"{where}: {error}") from None
+    for name in manifest.files:
+        if not is_safe_name(name):
+            raise EngineError(f"{where}: the file name {name!r} leads out of the engine")
+    return manifest
+
+
+def is_safe_name(name: str) -> bool:
+    """True for a plain relative path in POSIX form: no `.`, `..`, backslash or drive."""
+    path = PurePosixPath(name)
+    return (
+        bool(name)
+        and not path.is_absolute()
+        and str(path) == name
+        and ".." not in path.parts
+        and not any(character in name for character in "\\:\0")
+        and name not in (".", MANIFEST)
+    )
+
+
+def _seal(body: dict[str, Any]) -> str:
+    return hashlib.sha256(canonical(body)).hexdigest()

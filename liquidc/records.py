@@ -1,0 +1,113 @@
+"""Frozen dataclasses from JSON and back, checked field by field.
+
+A record is a frozen dataclass of `int`, `float`, `str`, `bool`, `None`, other records, tuples,
+dictionaries with string keys, unions of these, and `Any`. Nothing is converted silently: a field
+that is missing, unknown or of another type is an error that names it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import types
+import typing
+from typing import Any, TypeVar, cast
+
+T = TypeVar("T")
+
+
+def to_json(value: Any) -> Any:
+    """`value` as objects that `json` writes; fields that are None are left out of a record."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        pairs = ((f.name, getattr(value, f.name)) for f in dataclasses.fields(value))
+        return {name: to_json(item) for name, item in pairs if item is not None}
+    if isinstance(value, dict):
+        return {key: to_json(item) for key, item in cast(dict[str, Any], value).items()}
+    if isinstance(value, tuple | list):
+        return [to_json(item) for item in cast(list[Any], value)]
+    return value
+
+
+def canonical(value: Any) -> bytes:
+    """The one way to write a JSON value: sorted keys, two spaces, UTF-8, a final newline."""
+    text = json.dumps(value, sort_keys=True, indent=2, ensure_ascii=False, allow_nan=False)
+    return (text + "\n").encode()
+
+
+def from_json(kind: type[T], value: Any, where: str = "") -> T:
+    """A record of class `kind` from parsed JSON.
+
+    Args:
+        kind: a frozen dataclass.
+        value: what `json.loads` gave.
+        where: path of the value, for messages.
+
+    Raises:
+        ValueError: the value does not fit; the message names the field.
+    """
+    return cast(T, _read(kind, value, where))
+
+
+def _read(kind: Any, value: Any, where: str) -> Any:
+    if kind is Any:
+        return value
+    origin, args = typing.get_origin(kind), typing.get_args(kind)
+    if origin in (typing.Union, types.UnionType):
+        return _read_union(args, value, where)
+    if dataclasses.is_dataclass(kind):
+        return _read_record(cast(type[Any], kind), value, where)
+    if origin is dict:
+        items = _expect(dict, value, where).items()
+        return {key: _read(args[1], item, f"{where}.{key}") for key, item in items}
+    if origin is tuple:
+        items = _expect(list, value, where)
+        return tuple(_read(args[0], item, f"{where}[{i}]") for i, item in enumerate(items))
+    if kind is float and type(value) is int:
+        return float(value)
+    return _expect(kind, value, where)
+
+
+def _read_union(options: tuple[Any, ...], value: Any, where: str) -> Any:
+    for option in options:
+        if option is type(None) and value is None:
+            return None
+        if option is type(value):
+            return value
+    rest = [o for o in options if o is not type(None) and o not in (int, str, bool, float)]
+    if len(rest) != 1:
+        raise ValueError(f"{where} can't be {_shown(value)}")
+    return _read(rest[0], value, where)
+
+
+def _read_record(kind: type[Any], value: Any, where: str) -> Any:
+    items = _expect(dict, value, where)
+    hints = typing.get_type_hints(kind)
+    prefix = f"{where}." if where else ""
+    fields = {f.name: f for f in dataclasses.fields(kind)}
+    if unknown := sorted(items.keys() - fields.keys()):
+        raise ValueError(f"{prefix}{unknown[0]} is not a known field")
+    for name, field in fields.items():
+        if name not in items and field.default is dataclasses.MISSING:
+            raise ValueError(f"{prefix}{name} is missing")
+    return kind(**{name: _read(hints[name], items[name], f"{prefix}{name}") for name in items})
+
+
+def _expect(kind: type[Any], value: Any, where: str) -> Any:
+    if type(value) is not kind:
+        raise ValueError(f"{where or 'the value'} must be {_NAMES[kind]}, not {_shown(value)}")
+    return value
+
+
+def _shown(value: Any) -> str:
+    text = json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= 40 else text[:37] + "..."
+
+
+_NAMES: dict[type[Any], str] = {
+    int: "an integer",
+    float: "a number",
+    str: "a string",
+    bool: "true or false",
+    dict: "an object",
+    list: "a list",
+}

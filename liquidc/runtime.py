@@ -1,0 +1,320 @@
+"""Running an engine: `liquidc.load(directory)` gives an `Engine`.
+
+The engine generates token by token, says for each token which layers and experts ran, and gives
+the logits of every position. All checks of what a caller passes are here; a runner only computes.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self, cast
+
+import numpy as np
+from numpy.typing import NDArray
+
+from liquidc.backends.base import Runner, RunnerOptions
+from liquidc.backends.registry import TARGETS, get_backend
+from liquidc.engine import check_files, read_manifest
+from liquidc.errors import EngineError, InputError, TargetUnavailable
+from liquidc.manifest import Manifest
+from liquidc.sampling import Sampler
+from liquidc.session import DepthControls, Ids, Session, StepResult, check_controls, check_ids
+from liquidc.tokenizer import StopFilter, TextStream, Tokenizer
+
+
+@dataclass(frozen=True, slots=True)
+class Token:
+    """A generated token.
+
+    Attributes:
+        id: the token.
+        text: the text that became certain with it; may be empty or belong to tokens before.
+        logprob: its log-probability under the model.
+        layers: the layers that ran to predict it, ascending; ungated layers included.
+        experts: by layer, the experts that were used.
+    """
+
+    id: int
+    text: str
+    logprob: float
+    layers: tuple[int, ...]
+    experts: dict[int, tuple[int, ...]]
+
+    @property
+    def depth(self) -> int:
+        """Number of layers that ran."""
+        return len(self.layers)
+
+
+def load(
+    directory: str | Path,
+    *,
+    options: RunnerOptions | None = None,
+) -> Engine:
+    """Load the engine in `directory`.
+
+    The schema, the target and every file's hash are checked before anything is deserialised.
+
+    Raises:
+        EngineError: the engine is damaged, incomplete or too new.
+        TargetUnavailable: its target can't run here.
+    """
+    path = Path(directory)
+    manifest = read_manifest(path)
+    name = manifest.target.get("name", "")
+    if name not in TARGETS:
+        raise TargetUnavailable(f"{path}: this liquidc has no target {name!r}; update it")
+    backend = get_backend(name)
+    reason = backend.availability() or backend.refuses(manifest.target)
+    if reason is not None:
+        raise TargetUnavailable(f"{path}: the target {name} can't run here: {reason}")
+    check_files(path, manifest)
+    tokenizer = path / "tokenizer.json"
+    return Engine(
+        manifest,
+        backend.runner(path, manifest, options or RunnerOptions()),
+        tokenizer=Tokenizer(tokenizer) if tokenizer.exists() else None,
+        eos=read_eos(path),
+        path=path,
+    )
+
+
+def read_eos(directory: Path) -> frozenset[int]:
+    """The tokens that end a text, by generation_config.json, else by config.json.
+
+    Raises:
+        EngineError: the field is neither an id nor a list of ids.
+    """
+    for name in ("generation_config.json", "config.json"):
+        path = directory / name
+        if not path.exists():
+            continue
+        try:
+            config: Any = json.loads(path.read_bytes())
+        except ValueError as error:
+            raise EngineError(f"{path}: not valid JSON ({error})") from None
+        value = cast(dict[str, Any], config).get("eos_token_id")
+        if value is None:
+            continue
+        ids = cast(list[Any], value) if isinstance(value, list) else [value]
+        if not all(type(token) is int for token in ids):
+            raise EngineError(f"{path}: eos_token_id must be an id or a list of ids")
+        return frozenset(ids)
+    return frozenset()
+
+
+class Engine:
+    """A loaded engine; use it as a context manager, or `close` it.
+
+    Attributes:
+        manifest: what the engine says about itself.
+        tokenizer: None if the engine has none; then prompts are token ids.
+        eos: tokens that end a text.
+    """
+
+    def __init__(
+        self,
+        manifest: Manifest,
+        runner: Runner,
+        *,
+        tokenizer: Tokenizer | None = None,
+        eos: frozenset[int] = frozenset(),
+        path: Path | None = None,
+    ) -> None:
+        self.manifest = manifest
+        self.runner = runner
+        self.tokenizer = tokenizer
+        self.eos = eos
+        self.path = path
+        layers: dict[int, list[int]] = {}
+        for index, gate in enumerate(manifest.model.gates):
+            layers.setdefault(gate.layer, []).append(index)
+        self._gates_of = layers
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Free the engine's memory."""
+        self.runner.close()
+
+    def with_runner(self, runner: Runner) -> Engine:
+        """This engine on another runner of its target."""
+        return Engine(self.manifest, runner, tokenizer=self.tokenizer, eos=self.eos, path=self.path)
+
+    def encode(self, prompt: str | Ids) -> list[int]:
+        """Token ids of a prompt.
+
+        Raises:
+            InputError: it is empty or not made of the engine's tokens.
+        """
+        if isinstance(prompt, str):
+            if self.tokenizer is None:
+                raise InputError("the engine has no tokenizer: give token ids")
+            ids = self.tokenizer.encode(prompt) if prompt else []
+        else:
+            ids = [int(token) for token in prompt]
+        if not ids:
+            raise InputError("the prompt is empty")
+        check_ids(self.manifest, ids)
+        return ids
+
+    def generate(
+        self,
+        prompt: str | Ids,
+        max_new_tokens: int,
+        *,
+        temperature: float = 0.0,
+        top_p: float = 1.0,
+        seed: int = 0,
+        stop: Sequence[str | int] = (),
+        gate_bias: float = 0.0,
+        min_depth: int = 0,
+        gate_force: Sequence[int] | None = None,
+    ) -> Iterator[Token]:
+        """Continue a prompt.
+
+        It ends after `max_new_tokens`, when the context is full, at an end-of-text token, at a
+        token of `stop`, or at a string of `stop`; what ends it is not part of the result. Tokens
+        whose text may be the beginning of a stop string come once that is decided.
+
+        Args:
+            prompt: text or token ids.
+            max_new_tokens: 1 or more.
+            temperature: 0 is greedy.
+            top_p: nucleus; see `Sampler`.
+            seed: of the sampling.
+            stop: strings or token ids.
+            gate_bias: see `DepthControls`.
+            min_depth: see `DepthControls`.
+            gate_force: see `DepthControls`.
+
+        Raises:
+            InputError: an argument is out of range, the prompt is empty or longer than the
+                context, or the engine has no such control.
+        """
+        ids = self.encode(prompt)
+        context = self.manifest.model.context
+        if context is not None and len(ids) > context:
+            raise InputError(
+                f"the prompt has {len(ids)} tokens, the context of the model {context}; shorten it"
+            )
+        if max_new_tokens < 1:
+            raise InputError(f"max_new_tokens must be 1 or more, not {max_new_tokens}")
+        if any(stop_text == "" for stop_text in stop):
+            raise InputError("a stop string is empty")
+        if self.tokenizer is None and any(isinstance(text, str) for text in stop):
+            raise InputError("the engine has no tokenizer: give stop tokens as ids")
+        force = None if gate_force is None else tuple(int(value) for value in gate_force)
+        depth = DepthControls(gate_bias, min_depth, force)
+        check_controls(self.manifest, depth)
+        sampler = Sampler(temperature, top_p, seed)
+        capacity = len(ids) + max_new_tokens - 1
+        session = self.session(capacity=capacity if context is None else min(capacity, context))
+        return self._generate(ids, max_new_tokens, session, sampler, depth, stop)
+
+    def _generate(
+        self,
+        ids: Ids,
+        count: int,
+        session: Session,
+        sampler: Sampler,
+        depth: DepthControls,
+        stop: Sequence[str | int],
+    ) -> Iterator[Token]:
+        ends = self.eos | {token for token in stop if isinstance(token, int)}
+        decode = self.tokenizer.decode if self.tokenizer is not None else _no_text
+        stream = TextStream(decode)
+        stops = StopFilter[Token]([text for text in stop if isinstance(text, str)])
+        waiting: list[Token] = []
+        piece = ""
+        result = session.prefill(ids, depth=depth)
+        for made in range(1, count + 1):
+            token, logprob = sampler.pick(result.logits[0, -1])
+            if token in ends:
+                break
+            waiting.append(Token(token, "", logprob, *self.ran(result, 0, -1)))
+            piece += stream.push(token)
+            if not stream.pending:
+                yield from _release(stops, waiting, piece)
+                waiting, piece = [], ""
+                if stops.stopped:
+                    return
+            if made == count or int(session.lengths[0]) >= session.capacity:
+                break
+            result = session.step([token], depth=depth)
+        yield from _release(stops, waiting, piece + stream.flush())
+        if not stops.stopped:
+            yield from (replace(token, text=text) for token, text in stops.flush())
+
+    def ran(
+        self, result: StepResult, row: int, token: int
+    ) -> tuple[tuple[int, ...], dict[int, tuple[int, ...]]]:
+        """The layers and the experts that one token of a result used."""
+        layers = tuple(
+            layer
+            for layer in range(self.manifest.model.layers)
+            if all(result.gates[gate, row, token] for gate in self._gates_of.get(layer, ()))
+        )
+        experts: dict[int, tuple[int, ...]] = {}
+        for info in self.manifest.model.experts if result.experts.size else ():
+            chosen = result.experts[info.layer, row, token]
+            if (chosen >= 0).any():
+                experts[info.layer] = tuple(int(expert) for expert in chosen if expert >= 0)
+        return layers, experts
+
+    def logits(self, ids: Ids, *, depth: DepthControls | None = None) -> NDArray[np.float32]:
+        """The logits of every position of one sequence: f32[T, V].
+
+        Raises:
+            InputError: `ids` is empty, longer than the context, or holds an unknown token.
+        """
+        return self.evaluate(ids, depth=depth).logits[0]
+
+    def evaluate(self, ids: Ids, *, depth: DepthControls | None = None) -> StepResult:
+        """All outputs for every position of one sequence, computed from an empty cache.
+
+        Raises:
+            InputError: as `logits`.
+        """
+        session = self.session(capacity=max(len(ids), 1))
+        return session.prefill(ids, every=True, depth=depth)
+
+    def session(self, batch: int = 1, capacity: int | None = None) -> Session:
+        """A cache and the calls that use it.
+
+        Args:
+            batch: rows.
+            capacity: tokens that each row can hold; default and limit is the model's context.
+
+        Raises:
+            InputError: out of range.
+        """
+        return Session(self.manifest, self.runner, batch, capacity)
+
+
+def _release(stops: StopFilter[Token], tokens: Sequence[Token], text: str) -> Iterator[Token]:
+    """Pass tokens on to the filter, `text` with the last of them, and yield what is certain."""
+    for index, token in enumerate(tokens):
+        part = text if index + 1 == len(tokens) else ""
+        for item, certain in stops.push(token, part):
+            yield replace(item, text=certain)
+        if stops.stopped:
+            return
+
+
+def _no_text(ids: Ids) -> str:
+    del ids
+    return ""

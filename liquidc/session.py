@@ -1,0 +1,248 @@
+"""The state of running sequences: a cache, the calls that feed it, and what they return."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import cast
+
+import numpy as np
+from numpy.typing import NDArray
+
+from liquidc.backends.base import Arrays, Cache, Runner
+from liquidc.errors import InputError
+from liquidc.manifest import Manifest
+
+CHUNK = 512
+"""Tokens that a prompt is fed at a time, so that memory does not grow with its length squared."""
+
+Ids = Sequence[int]
+
+
+@dataclass(frozen=True, slots=True)
+class DepthControls:
+    """How deep to run.
+
+    Attributes:
+        gate_bias: added to every gate's score before it decides; above 0 runs more layers.
+        min_depth: layers that every token runs at least.
+        gate_force: by gate, -1 skip, 0 let the router decide, 1 run; None is all 0.
+    """
+
+    gate_bias: float = 0.0
+    min_depth: int = 0
+    gate_force: tuple[int, ...] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class StepResult:
+    """What the tokens of one call computed; outputs that the engine lacks are empty.
+
+    Attributes:
+        logits: f32[B, P, V], of the last token of each row or of all tokens.
+        gates: bool[G, B, T], whether the token ran.
+        gate_p: f32[G, B, T], the gate's probability.
+        experts: i64[L, B, T, k], -1 where none.
+    """
+
+    logits: NDArray[np.float32]
+    gates: NDArray[np.bool_]
+    gate_p: NDArray[np.float32]
+    experts: NDArray[np.int64]
+
+
+class Session:
+    """The state of `batch` sequences: their cache and how long they are.
+
+    Attributes:
+        capacity: tokens that each row can hold.
+        lengths: tokens that each row holds, i64[B].
+    """
+
+    def __init__(
+        self, manifest: Manifest, runner: Runner, batch: int, capacity: int | None
+    ) -> None:
+        context = manifest.model.context
+        if batch < 1:
+            raise InputError(f"batch must be 1 or more, not {batch}")
+        if capacity is None:
+            if context is None:
+                raise InputError("the model names no context: give a capacity")
+            capacity = context
+        if capacity < 1 or (context is not None and capacity > context):
+            limit = "" if context is None else f" and at most the context of the model, {context}"
+            raise InputError(f"{capacity} tokens asked for; it must be 1 or more{limit}")
+        self._manifest = manifest
+        self._runner = runner
+        self.batch = batch
+        self.capacity = capacity
+        self.lengths = np.zeros(batch, np.int64)
+        self._cache: Cache = runner.new_cache(batch, capacity)
+        self._inputs = {spec.name for spec in manifest.functions["prefill"].inputs}
+
+    @property
+    def kv_len(self) -> NDArray[np.int64]:
+        """Cache slots taken by layer and row, i64[L, B]."""
+        return self._cache.kv_len
+
+    def prefill(
+        self,
+        ids: Ids | Sequence[Ids],
+        *,
+        every: bool = False,
+        depth: DepthControls | None = None,
+        chunk: int | None = None,
+    ) -> StepResult:
+        """Feed tokens to every row; may be called again to go on.
+
+        Args:
+            ids: the tokens of the only row, or a list of tokens per row; rows may have different
+                lengths, and a row that is empty does not move.
+            every: logits of all tokens instead of the last of each row.
+            depth: how deep to run.
+            chunk: tokens that are fed at a time.
+
+        Returns:
+            Everything over all T tokens of the longest row; what lies beyond a row's own length
+            is padding (gates false, experts -1, logits unspecified).
+
+        Raises:
+            InputError: nothing to feed, an unknown token, too many tokens, or an engine without
+                cache that would need one.
+        """
+        rows = self._rows(ids)
+        depth = depth or DepthControls()
+        check_controls(self._manifest, depth)
+        count = max(map(len, rows))
+        step = count if not self._can_continue else min(chunk or CHUNK, count)
+        lengths = np.array([len(row) for row in rows], np.int64)
+        tokens = np.zeros((self.batch, count), np.int64)
+        for row, given in enumerate(rows):
+            tokens[row, : len(given)] = given
+        parts: list[StepResult] = []
+        last: NDArray[np.float32] | None = None
+        for start in range(0, count, step):
+            part = tokens[:, start : start + step]
+            result = self._step(part, np.clip(lengths - start, 0, part.shape[1]), every, depth)
+            parts.append(result)
+            ends = (lengths > start) & (lengths <= start + step)
+            if last is None:
+                last = result.logits
+            elif not every:
+                last = np.where(ends[:, None, None], result.logits, last)
+        logits = np.concatenate([p.logits for p in parts], 1) if every else last
+        return StepResult(
+            cast(NDArray[np.float32], logits),
+            np.concatenate([p.gates for p in parts], 2),
+            np.concatenate([p.gate_p for p in parts], 2),
+            np.concatenate([p.experts for p in parts], 2),
+        )
+
+    def step(
+        self, ids: Ids, *, active: Sequence[bool] | None = None, depth: DepthControls | None = None
+    ) -> StepResult:
+        """Feed one token to every row.
+
+        Args:
+            ids: a token per row.
+            active: rows that take part; the others do not move.
+            depth: how deep to run.
+
+        Raises:
+            InputError: as `prefill`.
+        """
+        if len(ids) != self.batch:
+            raise InputError(f"{len(ids)} tokens for {self.batch} rows")
+        taking = [True] * self.batch if active is None else list(active)
+        rows = [[token] if takes else [] for token, takes in zip(ids, taking, strict=True)]
+        return self.prefill(rows, depth=depth)
+
+    @property
+    def _can_continue(self) -> bool:
+        return self._manifest.cache is not None
+
+    def _rows(self, ids: Ids | Sequence[Ids]) -> list[list[int]]:
+        nested = len(ids) > 0 and not isinstance(ids[0], int | np.integer)
+        rows = [list(row) for row in cast(Sequence[Ids], ids)] if nested else [list(cast(Ids, ids))]
+        if len(rows) != self.batch:
+            raise InputError(f"tokens for {len(rows)} rows, the session has {self.batch}")
+        if not any(rows):
+            raise InputError("there are no tokens to run")
+        for row, given in enumerate(rows):
+            check_ids(self._manifest, given)
+            if self.lengths[row] + len(given) > self.capacity:
+                raise InputError(
+                    f"row {row} holds {self.lengths[row]} of {self.capacity} tokens; "
+                    f"{len(given)} more don't fit"
+                )
+        if self.lengths.any() and not self._can_continue:
+            raise InputError(
+                "the engine has no cache, for its model does not mark cached attention: "
+                "it computes logits of whole sequences only"
+            )
+        return rows
+
+    def _step(
+        self, tokens: NDArray[np.int64], lengths: NDArray[np.int64], every: bool, d: DepthControls
+    ) -> StepResult:
+        batch, count = tokens.shape
+        gates = len(self._manifest.model.gates)
+        index = (
+            np.broadcast_to(np.arange(count, dtype=np.int64), (batch, count))
+            if every
+            else np.maximum(lengths - 1, 0)[:, None]
+        )
+        force = d.gate_force if d.gate_force is not None else (0,) * gates
+        inputs: Arrays = {
+            "input_ids": np.ascontiguousarray(tokens),
+            "lengths": lengths,
+            "position_start": self.lengths.copy(),
+            "logit_index": np.ascontiguousarray(index),
+            "gate_force": np.array(force, np.int8),
+            "gate_bias": np.full(batch, d.gate_bias, np.float32),
+            "min_depth": np.full(batch, d.min_depth, np.int64),
+        }
+        given = {name: value for name, value in inputs.items() if name in self._inputs}
+        out = self._runner.step(given, self._cache)
+        self.lengths += lengths
+        return StepResult(
+            out["logits"],
+            out.get("gates", np.zeros((gates, batch, count), np.bool_)),
+            out.get("gate_p", np.zeros((gates, batch, count), np.float32)),
+            out.get("experts", np.zeros((0, batch, count, 0), np.int64)),
+        )
+
+
+def check_controls(manifest: Manifest, depth: DepthControls) -> None:
+    """Check that the engine can do what `depth` asks.
+
+    Raises:
+        InputError: it can't, or a value is out of range.
+    """
+    gates, layers = len(manifest.model.gates), manifest.model.layers
+    if depth == DepthControls():
+        return
+    inputs = {spec.name for spec in manifest.functions["prefill"].inputs}
+    for name in ("gate_bias", "min_depth", "gate_force"):
+        default = getattr(DepthControls(), name)
+        if getattr(depth, name) != default and name not in inputs:
+            raise InputError(f"the engine has no depth gates to control: leave out {name}")
+    if not np.isfinite(depth.gate_bias):
+        raise InputError(f"gate_bias must be finite, not {depth.gate_bias}")
+    if not 0 <= depth.min_depth <= layers:
+        raise InputError(f"min_depth must be from 0 to {layers}, not {depth.min_depth}")
+    force = depth.gate_force
+    if force is not None and (len(force) != gates or not set(force) <= {-1, 0, 1}):
+        raise InputError(f"gate_force must be {gates} numbers, each -1, 0 or 1")
+
+
+def check_ids(manifest: Manifest, ids: Ids) -> None:
+    """Check that the engine knows the tokens.
+
+    Raises:
+        InputError: it does not.
+    """
+    vocabulary = manifest.model.vocabulary
+    for token in ids:
+        if not 0 <= token < vocabulary:
+            raise InputError(f"token {token} is not in the vocabulary of {vocabulary}")
