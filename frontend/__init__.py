@@ -1,0 +1,1 @@
+"""From a checkpoint directory or a module to a traced IR module."""

@@ -1,0 +1,144 @@
+"""Reading the fields of a JSON object strictly: every key is asked for, or it is an error."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from typing import Any, NoReturn, cast
+
+from liquidc.errors import ConfigError
+
+_MISSING: Any = object()
+
+
+class Fields:
+    """One JSON object whose keys are read one by one; `finish` refuses those nobody read.
+
+    `prefix` ("moe.") is put before names in messages. Every reader raises `ConfigError`, naming
+    the field, its value and what is allowed.
+    """
+
+    def __init__(self, prefix: str, data: object) -> None:
+        if not isinstance(data, dict):
+            raise ConfigError(f"{prefix.rstrip('.') or 'the config'} must be a JSON object")
+        self._prefix = prefix
+        self._data = cast("dict[str, Any]", data)
+        self._read: set[str] = set()
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._data
+
+    def refuse(self, name: str, allowed: str) -> NoReturn:
+        """Raise the error for the field `name`: its value and what is `allowed`."""
+        value = f"is {self._data[name]!r}" if name in self._data else "is not given"
+        raise ConfigError(f"{self._prefix}{name} {value}; it must be {allowed}")
+
+    def refuse_if(self, wrong: bool, name: str, allowed: str) -> None:
+        """`refuse`, when `wrong`."""
+        if wrong:
+            self.refuse(name, allowed)
+
+    def skip(self, names: Iterable[str]) -> None:
+        """Accept these keys with any value."""
+        self._read.update(names)
+
+    def finish(self) -> None:
+        """Refuse keys that were never read."""
+        unknown = sorted(set(self._data) - self._read)
+        if unknown:
+            names = ", ".join(self._prefix + name for name in unknown)
+            raise ConfigError(
+                f"unknown field {names}; known here: {', '.join(sorted(self._read))}"
+            )
+
+    def get(self, name: str, default: Any = _MISSING) -> Any:
+        """The raw value."""
+        self._read.add(name)
+        if name not in self._data and default is _MISSING:
+            self.refuse(name, "given")
+        return self._data.get(name, default)
+
+    def only(self, name: str, value: object) -> None:
+        """Accept the field at `value` alone: other values are known to exist, not supported."""
+        given = self.get(name, value)
+        if type(given) is not type(value) or given != value:
+            self.refuse(name, f"{value!r}: other values are not supported")
+
+    def require(self, name: str, value: object) -> None:
+        """As `only`, and the field has to be there."""
+        self.get(name)
+        self.only(name, value)
+
+    def choice(self, name: str, *allowed: str) -> str:
+        """One of `allowed`; the first is the default."""
+        value = self.get(name, allowed[0])
+        if value not in allowed:
+            self.refuse(name, "one of " + ", ".join(allowed))
+        return value
+
+    def boolean(self, name: str, default: bool) -> bool:
+        """True or false."""
+        value = self.get(name, default)
+        if not isinstance(value, bool):
+            self.refuse(name, "true or false")
+        return value
+
+    def integer(
+        self, name: str, default: int = _MISSING, *, least: int, most: int | None = None
+    ) -> int:
+        """An integer from `least` to `most`."""
+        value = self.get(name, default)
+        low = not isinstance(value, int) or isinstance(value, bool) or value < least
+        if low or (most is not None and value > most):
+            upper = "" if most is None else f" to {most}"
+            self.refuse(name, f"an integer from {least}{upper}" if upper else f"{least} or more")
+        return value
+
+    def optional_integer(self, name: str) -> int | None:
+        """A positive integer, or null."""
+        return None if self.get(name, None) is None else self.integer(name, least=1)
+
+    def number(
+        self,
+        name: str,
+        default: float,
+        *,
+        least: float = -math.inf,
+        most: float = math.inf,
+        above: float = -math.inf,
+        below: float = math.inf,
+    ) -> float:
+        """A finite number in [least, most], (above, below)."""
+        value = self.get(name, default)
+        if not isinstance(value, int | float) or isinstance(value, bool) or not math.isfinite(value):
+            self.refuse(name, "a finite number")
+        if not (least <= value <= most and above < value < below):
+            bounds = {"at least": least, "at most": most, "above": above, "below": below}
+            told = [f"{words} {b:g}" for words, b in bounds.items() if math.isfinite(b)]
+            self.refuse(name, " and ".join(told))
+        return float(value)
+
+    def indices(self, name: str) -> tuple[int, ...]:
+        """A list of distinct layer indices, in ascending order; default empty."""
+        value = self.get(name, [])
+        items = cast("list[Any]", value) if isinstance(value, list | tuple) else [None]
+        if not all(isinstance(i, int) and not isinstance(i, bool) and i >= 0 for i in items):
+            self.refuse(name, "a list of layer indices")
+        if list(items) != sorted(set(items)):
+            self.refuse(name, "in ascending order without duplicates")
+        return tuple(items)
+
+    def token(self, name: str, vocab: int) -> int | None:
+        """A token id, or null."""
+        missing = self.get(name, None) is None
+        return None if missing else self.integer(name, least=0, most=vocab - 1)
+
+    def tokens(self, name: str, vocab: int) -> int | tuple[int, ...] | None:
+        """A token id, a list of them, or null."""
+        value = self.get(name, None)
+        if not isinstance(value, list | tuple):
+            return self.token(name, vocab)
+        items = cast("list[Any]", value)
+        if not all(isinstance(i, int) and 0 <= i < vocab for i in items):
+            self.refuse(name, f"token ids from 0 to {vocab - 1}")
+        return tuple(items)

@@ -1,0 +1,278 @@
+"""From a graph of `torch.export` to ops of the IR, one node at a time.
+
+`aten` and `semantic_import` hold what each operator becomes; this file walks graphs, keeps the
+dimensions' names, follows `torch.cond` into its arms and finds the user's source lines.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+import sympy
+import torch
+from torch import fx
+
+from liquidc.errors import UnsupportedError
+from liquidc.ir import Block, Dim, DType, Location, Module, Op, TensorType, Value, ops
+from liquidc.ir.types import product
+
+DTYPES = {
+    torch.float64: DType.F64,
+    torch.float32: DType.F32,
+    torch.float16: DType.F16,
+    torch.bfloat16: DType.BF16,
+    torch.int64: DType.I64,
+    torch.int32: DType.I32,
+    torch.int8: DType.I8,
+    torch.uint8: DType.U8,
+    torch.bool: DType.BOOL,
+}
+
+AnyOp = TypeVar("AnyOp", bound=Op)
+Import = Callable[["Importer", fx.Node], Any]
+"""Translates one node: the node's value, or a list of values for an operator with several."""
+
+_FRAME = re.compile(r'File "(?P<file>[^"]+)", line (?P<line>\d+), in \S+\n\s*(?P<code>[^\n]*)')
+_PACKAGE = Path(__file__).resolve().parent.parent
+_PLUMBING = ("protocol.py", "semantic_ops.py", "trace.py")
+"""Files of the frontend whose lines are never the user's."""
+
+
+@dataclass
+class Part:
+    """A part of the model that is traced as one graph, and where it stands.
+
+    `label` names its conditionals (`layer3`); `conditionals` counts those at its top. For a layer:
+    its number, the number of its first gate among all gates, and the layers that remain.
+    """
+
+    label: str
+    conditionals: int = 0
+    layer: int = 0
+    gate: int = 0
+    remaining: int = 0
+    conditionals_seen: int = 0
+    gates_seen: int = 0
+
+    def next_label(self) -> str:
+        """The label of the next conditional at the top: of two, attention, then feed-forward."""
+        number, self.conditionals_seen = self.conditionals_seen, self.conditionals_seen + 1
+        match self.conditionals:
+            case 1:
+                return self.label
+            case 2:
+                return f"{self.label}/{('attn', 'ffn')[number]}"
+            case _:
+                return f"{self.label}/part{number}"
+
+
+@dataclass
+class Importer:
+    """Translates one graph into the end of a block.
+
+    Args:
+        module: where weights are declared.
+        block: where ops are added.
+        dims: names of the symbols in the graph's shapes.
+        part: which part of the model the graph is.
+    """
+
+    module: Module
+    block: Block
+    dims: dict[str, Dim]
+    part: Part
+    env: dict[fx.Node, Any] = field(default_factory=dict[fx.Node, Any])
+
+    def run(self, module: fx.GraphModule, inputs: Sequence[Any]) -> list[Any]:
+        """Translate all of `module`; `inputs` are the values of its placeholders, in order.
+
+        Returns:
+            What the graph returns, in order.
+
+        Raises:
+            UnsupportedError: an operator has no translation.
+        """
+        given = iter(inputs)
+        for node in module.graph.nodes:
+            if node.op == "placeholder":
+                self.env[node] = next(given)
+            elif node.op == "get_attr":
+                self.env[node] = self._attribute(module, str(node.target))
+            elif node.op == "call_function":
+                self.env[node] = self._call(node)
+            elif node.op == "output":
+                return [self.env.get(arg) for arg in node.args[0]]
+        raise UnsupportedError("the traced graph returns nothing")
+
+    def _attribute(self, module: fx.GraphModule, name: str) -> Any:
+        thing = getattr(module, name)
+        if isinstance(thing, torch.Tensor):
+            return self.constant_tensor(thing)
+        return thing
+
+    def _call(self, node: fx.Node) -> Any:
+        from liquidc.frontend.aten import TABLE
+        from liquidc.frontend.semantic_import import SEMANTIC
+
+        fake = node.meta.get("val")
+        if isinstance(fake, (int, torch.SymInt)) and not isinstance(fake, bool):
+            return self.dim(fake)
+        name = str(node.target)
+        translate = TABLE.get(name) or SEMANTIC.get(name)
+        if translate is None:
+            raise self.unsupported(node, f"the operator {name} has no translation")
+        try:
+            result = translate(self, node)
+        except ValueError as error:
+            raise self.unsupported(node, f"{name}: {error}") from None
+        if isinstance(result, Value) and isinstance(fake, torch.Tensor):
+            expected = self.type_of(fake)
+            if result.type != expected:
+                raise self.unsupported(node, f"{name} became {result.type}, not {expected}")
+        return result
+
+    # What translations use
+
+    def weight(self, name: str) -> Value:
+        """A weight of the module."""
+        expr = self.module.weights[name]
+        op = self.emit(ops.Weight(weight=name, result_types=[expr.type]))
+        op.y.name = name.split(".", 2)[-1] if name.startswith("model.layers.") else name
+        return op.y
+
+    def arg(self, node: fx.Node, index: int, name: str = "", default: Any = None) -> Any:
+        """An argument as given: by position, else by name, with nodes replaced by their values."""
+        given = node.args[index] if len(node.args) > index else node.kwargs.get(name, default)
+        return self.resolve(given)
+
+    def resolve(self, given: Any) -> Any:
+        """`given` with every node in it replaced by its value."""
+        if isinstance(given, fx.Node):
+            return self.env[given]
+        if isinstance(given, (list, tuple)):
+            return [self.resolve(item) for item in given]
+        return given
+
+    def emit(self, op: AnyOp, node: fx.Node | None = None) -> AnyOp:
+        """Add an op at the end of the block, at the node's source line."""
+        if node is not None:
+            found = source_line(node)
+            op.loc = found[0] if found else None
+        return self.block.append(op)
+
+    def type_of(self, fake: torch.Tensor) -> TensorType:
+        """The IR type of a traced tensor.
+
+        Raises:
+            UnsupportedError: dtype or a dimension has no name in the IR.
+        """
+        if fake.dtype not in DTYPES:
+            raise UnsupportedError(f"tensors of {fake.dtype} are not supported")
+        return TensorType(DTYPES[fake.dtype], self.shape(fake.shape))
+
+    def shape(self, sizes: Sequence[Any]) -> tuple[Dim, ...]:
+        """Sizes and symbols as IR dimensions."""
+        return tuple(self.dim(size) for size in sizes)
+
+    def dim(self, size: Any) -> Dim:
+        """A size: an int, or a symbol or product of symbols by its name."""
+        if isinstance(size, int):
+            return size
+        expr = sympy.sympify(size.node.expr if isinstance(size, torch.SymInt) else size)
+        if expr.is_Integer:
+            return int(expr)
+        factors = [f for f in expr.args] if expr.is_Mul else [expr]
+        dims: list[Dim] = []
+        for factor in factors:
+            if factor.is_Integer:
+                dims.append(int(factor))
+            elif str(factor) in self.dims:
+                dims.append(self.dims[str(factor)])
+            else:
+                raise UnsupportedError(f"the size {expr} is no product of the inputs' dimensions")
+        return product(dims)
+
+    def scalar(self, value: float | bool, dtype: DType) -> Value:
+        """A constant without dimensions."""
+        number = float(value) if dtype.is_float else bool(value) if dtype == DType.BOOL else int(value)
+        return self.emit(ops.Constant(value=(number,), result_types=[TensorType(dtype)])).y
+
+    def constant_tensor(self, tensor: torch.Tensor) -> Value:
+        """A small tensor that the model made itself.
+
+        Raises:
+            UnsupportedError: it is large, or was made on the meta device and has no elements.
+        """
+        if tensor.device.type == "meta":
+            raise UnsupportedError(
+                "the model keeps a tensor that is neither a parameter nor a buffer; register it"
+            )
+        if tensor.numel() > 4096:
+            raise UnsupportedError(f"a constant of {tensor.numel()} elements must be a buffer")
+        type = TensorType(DTYPES[tensor.dtype], tuple(tensor.shape))
+        return self.emit(ops.Constant(value=tuple(tensor.flatten().tolist()), result_types=[type])).y
+
+    def cast(self, value: Value, dtype: DType) -> Value:
+        """`value` in the element type."""
+        return value if value.dtype == dtype else self.emit(ops.Cast(value, to=dtype)).y
+
+    def operand(self, given: Any, dtype: DType) -> Value:
+        """A tensor or Python number as a value of the element type."""
+        return self.cast(given, dtype) if isinstance(given, Value) else self.scalar(given, dtype)
+
+    def reshape(self, value: Value, shape: Sequence[Dim]) -> Value:
+        """`value` in another shape."""
+        if value.shape == tuple(shape):
+            return value
+        return self.emit(ops.Reshape(value, shape=tuple(shape))).y
+
+    def fill(self, value: float | bool, type: TensorType) -> Value:
+        """A tensor of one repeated number."""
+        scalar = self.scalar(value, type.dtype)
+        return self.emit(ops.Broadcast(scalar, shape=type.shape)).y if type.shape else scalar
+
+    def inner(self, label: str) -> Importer:
+        """An importer for a nested block."""
+        return Importer(self.module, Block(), self.dims, Part(label))
+
+    def arm(self, graph: fx.GraphModule, inputs: Sequence[Any], label: str) -> Block:
+        """A branch of `torch.cond` as a block that ends in yield."""
+        inner = self.inner(label)
+        inner.part.conditionals = count_conditionals(graph)
+        outputs = inner.run(graph, inputs)
+        inner.block.append(ops.Yield(outputs))
+        return inner.block
+
+    def unsupported(self, node: fx.Node, message: str) -> UnsupportedError:
+        """The error for `node`, with the user's line."""
+        found = source_line(node)
+        where = f" at {found[0]}: `{found[1]}`" if found else ""
+        return UnsupportedError(f"{message}{where} (docs/ops.md lists what can be compiled)")
+
+
+def count_conditionals(graph: fx.GraphModule) -> int:
+    """How many `torch.cond` stand at the top of a graph."""
+    return sum("cond" == getattr(node.target, "name", None) or str(node.target) == "cond" for node in graph.graph.nodes)
+
+
+def source_line(node: fx.Node) -> tuple[Location, str] | None:
+    """The innermost line of the model that made `node`, and its code."""
+    frames = list(_FRAME.finditer(node.meta.get("stack_trace") or ""))
+    for frame in reversed(frames):
+        path = Path(frame["file"])
+        if "torch" in path.parts or path.name in _PLUMBING and path.parent.name == "frontend":
+            continue
+        return Location(stable_path(path), int(frame["line"])), frame["code"].strip()
+    return None
+
+
+def stable_path(path: Path) -> str:
+    """`path` without what differs between machines: from the package, else the file's name."""
+    resolved = path.resolve()
+    if resolved.is_relative_to(_PACKAGE):
+        return resolved.relative_to(_PACKAGE).as_posix()
+    return path.name

@@ -1,0 +1,531 @@
+"""From a PyTorch model to the IR: each distinct layer is traced once, on the meta device.
+
+`trace_directory` compiles a checkpoint; `trace` any module that follows `protocol` (see
+docs/protocol.md). No weight is read: parameters become lazy expressions by their names.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol, cast, runtime_checkable
+
+import torch
+from torch import Tensor, nn
+
+from liquidc.errors import UnsupportedError
+from liquidc.frontend.importer import DTYPES, Importer, Part, count_conditionals
+from liquidc.frontend.protocol import LayerCache, Step
+from liquidc.ir import Dim, DType, Function, Module, TensorType, Value, ops, verify
+from liquidc.ir.weights import Stored, cast as cast_weight
+
+B, T, S, P = "B", "T", "S", "P"
+_SIZES = {B: 3, T: 5, S: 7, P: 2}
+"""Names of the dimensions known at run time, and the sizes with which they are traced."""
+
+I64, F32, BOOL, I8 = DType.I64, DType.F32, DType.BOOL, DType.I8
+
+
+@runtime_checkable
+class Decoder(Protocol):
+    """What a module offers so that prefill and decode over a cache can be compiled."""
+
+    layers: nn.ModuleList
+    """Each is called as `layer(x, step, cache) -> (x, cache)`."""
+
+    def embed(self, input_ids: Tensor, positions: Tensor) -> Tensor:
+        """Ids and positions i64[B, T] -> states [B, T, D]."""
+        ...
+
+    def head(self, x: Tensor) -> Tensor:
+        """States [B, P, D] -> logits f32[B, P, V]."""
+        ...
+
+    def new_cache(self, batch: int, capacity: int) -> Any:
+        """An empty cache; its `layers` are one `LayerCache` for each layer."""
+        ...
+
+
+def trace_directory(directory: Path) -> Module:
+    """The IR of a checkpoint directory, with @prefill and @decode.
+
+    Raises:
+        ConfigError: config.json is not supported.
+        CheckpointError: a tensor is missing or has another shape.
+        UnsupportedError: the model does something that has no translation.
+    """
+    from liquidc.frontend.checkpoint import CheckpointSource
+    from liquidc.frontend.config import LiquidConfig
+    from liquidc.frontend.model import LiquidForCausalLM
+
+    config = LiquidConfig.from_file(directory / "config.json")
+    with torch.device("meta"):
+        model = LiquidForCausalLM(config)
+    module = trace(model, CheckpointSource(directory).types())
+    module.attributes |= {
+        "max_positions": config.max_position_embeddings,
+        "vocab_size": config.vocab_size,
+        "kv_policy": config.depth_gate.kv_policy,
+    }
+    return module
+
+
+def trace(
+    model: nn.Module, stored: Mapping[str, TensorType] | None = None, name: str = "model"
+) -> Module:
+    """The IR of a module: @prefill and @decode if it is a `Decoder`, else @prefill alone.
+
+    Args:
+        model: in evaluation or training mode; it is traced as in evaluation. Weights are not read.
+        stored: types of the checkpoint's tensors by parameter name; the default is the types of
+            the parameters themselves.
+        name: of the IR module.
+
+    Raises:
+        UnsupportedError: the model does something that has no translation.
+    """
+    training = model.training
+    model.eval()
+    try:
+        if not isinstance(model, Decoder):
+            logging.getLogger("liquidc").warning(
+                "%s has no embed, layers, head and new_cache (docs/protocol.md): "
+                "only @prefill is compiled, without a cache",
+                type(model).__name__,
+            )
+            return _PlainTracer(model, stored, name).run()
+        return _Tracer(model, stored, name).run()
+    finally:
+        model.train(training)
+
+
+@dataclass
+class _Graph:
+    """A traced part: its graph, the names of its parameters, and the names of its symbols."""
+
+    program: torch.export.ExportedProgram
+    dims: dict[str, str]
+
+    @property
+    def conditionals(self) -> int:
+        return count_conditionals(self.program.graph_module)
+
+
+class _TracerBase:
+    """Weights by name, and parts as graphs."""
+
+    def __init__(
+        self, model: nn.Module, stored: Mapping[str, TensorType] | None, name: str
+    ) -> None:
+        self.model = model
+        self.module = Module(name)
+        tensors = dict(model.named_parameters(remove_duplicate=False))
+        tensors |= dict(model.named_buffers(remove_duplicate=False))
+        self.tensors = tensors
+        self.stored = stored
+
+    def export(
+        self, part: nn.Module, args: Sequence[tuple[Sequence[Dim], torch.dtype] | None]
+    ) -> _Graph:
+        """Trace `part` on meta tensors of the given shapes; names stand for symbols."""
+        auto = torch.export.Dim.AUTO
+        tensors: list[Tensor | None] = []
+        dynamic: list[dict[int, Any] | None] = []
+        for spec in args:
+            if spec is None:
+                tensors.append(None)
+                dynamic.append(None)
+                continue
+            shape, dtype = spec
+            known = [_SIZES[dim] if isinstance(dim, str) else dim for dim in shape]
+            tensors.append(torch.empty(known, dtype=dtype, device="meta"))
+            dynamic.append({i: auto for i, dim in enumerate(shape) if isinstance(dim, str)})
+        with torch.no_grad():
+            program = torch.export.export(
+                _to_meta(part), (tuple(tensors),), dynamic_shapes=(tuple(dynamic),), strict=False
+            )
+        dims: dict[str, str] = {}
+        specs = [spec for spec in args if spec is not None]
+        for node, spec in zip(_user_inputs(program), specs, strict=True):
+            for size, dim in zip(node.meta["val"].shape, spec[0], strict=True):
+                if isinstance(dim, str):
+                    dims[str(size)] = dim
+        return _Graph(program, dims)
+
+    def inline(
+        self,
+        function: Function,
+        graph: _Graph,
+        inputs: Sequence[Value],
+        part: Part,
+        prefix: str,
+        bind: Mapping[str, Dim],
+    ) -> list[Value]:
+        """Add the graph's ops to `function`, with its parameters under `prefix`."""
+        dims = {symbol: bind.get(name, name) for symbol, name in graph.dims.items()}
+        part.conditionals = graph.conditionals
+        importer = Importer(self.module, function.body, dims, part)
+        signature = graph.program.graph_signature
+        names = signature.inputs_to_parameters | signature.inputs_to_buffers
+        given = iter(inputs)
+        values: list[Value | None] = []
+        for node in graph.program.graph.nodes:
+            if node.op != "placeholder":
+                continue
+            if node.name in names:
+                path = prefix + names[node.name].removeprefix("part.")
+                values.append(self.weight(importer, path) if node.users else None)
+            elif node.name in signature.inputs_to_lifted_tensor_constants:
+                constant = signature.inputs_to_lifted_tensor_constants[node.name]
+                values.append(importer.constant_tensor(graph.program.constants[constant]))
+            else:
+                values.append(next(given) if node.meta.get("val") is not None else None)
+        return importer.run(graph.program.graph_module, values)
+
+    def weight(self, importer: Importer, name: str) -> Value:
+        """A parameter or buffer as a weight, in the model's dtype."""
+        if name not in self.module.weights:
+            tensor = self.tensors[name]
+            dtype = DTYPES[tensor.dtype]
+            type = TensorType(dtype, tuple(tensor.shape))
+            stored = type if self.stored is None else self.stored[name]
+            self.module.weights[name] = cast_weight(Stored(name, stored), dtype)
+        return importer.weight(name)
+
+
+class _PlainTracer(_TracerBase):
+    """A module that is only `model(input_ids) -> logits`."""
+
+    def run(self) -> Module:
+        graph = self.export(_Call(self.model), [((B, T), torch.int64)])
+        function = self.module.add(Function("prefill", [("input_ids", TensorType(I64, (B, T)))]))
+        (logits,) = self.inline(function, graph, function.args, Part("model"), "", {})
+        function.body.append(ops.Return([logits]))
+        function.result_names = ("logits",)
+        self.module.attributes |= {"layers": 0, "gates": 0}
+        verify(self.module)
+        return self.module
+
+
+@dataclass
+class _LayerShape:
+    """What tracing a layer told: its graph and which results it has."""
+
+    graph: _Graph
+    gates: int
+    records: tuple[bool, bool]
+
+
+@dataclass
+class _State:
+    """What goes from layer to layer while a function is stitched."""
+
+    x: Value
+    executed: Value
+    below: list[Value] = field(default_factory=list[Value])
+    gates: list[Value] = field(default_factory=list[Value])
+    probabilities: list[Value] = field(default_factory=list[Value])
+    experts: dict[int, Value] = field(default_factory=dict[int, Value])
+    lengths: list[Value] = field(default_factory=list[Value])
+    caches: list[Value] = field(default_factory=list[Value])
+
+
+class _Tracer(_TracerBase):
+    """A `Decoder`: embed, layers, head, stitched into functions over a cache."""
+
+    def __init__(
+        self, model: nn.Module, stored: Mapping[str, TensorType] | None, name: str
+    ) -> None:
+        super().__init__(model, stored, name)
+        self.decoder = cast(Decoder, model)
+        with torch.device("meta"):
+            caches: list[LayerCache] = list(_on_meta_cache(self.decoder))
+        self.cache_types = [
+            TensorType(DTYPES[c.key.dtype], (B, c.key.shape[1], S, c.key.shape[3])) for c in caches
+        ]
+        self.cache_dtypes = [c.key.dtype for c in caches]
+        self.distinct: dict[Any, _LayerShape] = {}
+        names = {id(child): path for path, child in model.named_modules()}
+        self.prefixes = [f"{names[id(layer)]}." for layer in self.decoder.layers]
+
+    def run(self) -> Module:
+        self.embedding = self.export(
+            _Embed(self.decoder), [((B, T), torch.int64), ((B, T), torch.int64)]
+        )
+        state = next(iter(_outputs(self.embedding.program)))
+        self.width, self.dtype = state.shape[-1], state.dtype
+        self.head = self.export(_Head(self.decoder), [((B, P, self.width), self.dtype)])
+        below = False
+        self.layers: list[_LayerShape] = []
+        for index, layer in enumerate(self.decoder.layers):
+            key = (fingerprint(layer), self.cache_types[index], below)
+            if key not in self.distinct:
+                self.distinct[key] = self._trace_layer(layer, index, below)
+            self.layers.append(self.distinct[key])
+            below = self.layers[-1].records[1]
+        for name, bind in (("prefill", {}), ("decode", {T: 1})):
+            self.module.add(self._stitch(name, bind))
+        gates = [i for i, shape in enumerate(self.layers) for _ in range(shape.gates)]
+        self.module.attributes |= {
+            "layers": len(self.layers),
+            "gates": len(gates),
+            "gate_layers": tuple(gates),
+        }
+        verify(self.module)
+        return self.module
+
+    def _trace_layer(self, layer: nn.Module, index: int, below: bool) -> _LayerShape:
+        cache = self.cache_types[index]
+        kv, hd = cache.shape[1], cache.shape[3]
+        dtype = self.cache_dtypes[index]
+        tokens, rows = ((B, T), torch.int64), ((B,), torch.int64)
+        part = _LayerCall(layer)
+        new = ((B, T, kv, hd), dtype) if below else None
+        specs = [
+            ((B, T, self.width), self.dtype),
+            tokens,
+            ((B, T), torch.bool),
+            ((MAX_GATES,), torch.int8),
+            ((B,), torch.float32),
+            rows,
+            tokens,
+            (cache.shape, dtype),
+            (cache.shape, dtype),
+            rows,
+            new,
+            new,
+        ]
+        graph = self.export(part, specs)
+        return _LayerShape(graph, part.gates, part.records)
+
+    def _stitch(self, name: str, bind: Mapping[str, Dim]) -> Function:
+        time = bind.get(T, T)
+        count = len(self.layers)
+        gates = sum(shape.gates for shape in self.layers)
+        args = [("input_ids", TensorType(I64, (B, time))), ("lengths", TensorType(I64, (B,)))]
+        args += [("position_start", TensorType(I64, (B,)))]
+        args += [("logit_index", TensorType(I64, (B, P)))]
+        if gates:
+            args += [("gate_force", TensorType(I8, (gates,)))]
+            args += [("gate_bias", TensorType(F32, (B,))), ("min_depth", TensorType(I64, (B,)))]
+        args += [("kv_len", TensorType(I64, (count, B)))]
+        for index, type in enumerate(self.cache_types):
+            args += [(f"past.{index}.key", type), (f"past.{index}.value", type)]
+        function = Function(name, args)
+        imp = Importer(self.module, function.body, {}, Part(name))
+        positions, valid = self._positions(imp, function, time)
+        (x,) = self.inline(
+            function, self.embedding, [function.arg("input_ids"), positions], Part("embed"), "", bind
+        )
+        state = _State(x, imp.fill(0, TensorType(I64, (B, time))))
+        first = 0
+        for index, shape in enumerate(self.layers):
+            self._layer(imp, function, index, shape, first, positions, valid, state, bind)
+            first += shape.gates
+        hidden = imp.emit(ops.TakeTokens(state.x, function.arg("logit_index"))).y
+        (logits,) = self.inline(function, self.head, [hidden], Part("head"), "", bind)
+        self._return(imp, function, logits, state, gates)
+        return function
+
+    def _positions(self, imp: Importer, function: Function, time: Dim) -> tuple[Value, Value]:
+        """Positions i64[B, T] and which tokens are no padding, bool[B, T]."""
+        offset = imp.reshape(imp.emit(ops.Iota(dim=time)).y, (1, time))
+        start = imp.reshape(function.arg("position_start"), (B, 1))
+        lengths = imp.reshape(function.arg("lengths"), (B, 1))
+        positions, valid = imp.emit(ops.Add(start, offset)).y, imp.emit(ops.Lt(offset, lengths)).y
+        positions.name, valid.name = "positions", "valid"
+        return positions, valid
+
+    def _layer(
+        self,
+        imp: Importer,
+        function: Function,
+        index: int,
+        shape: _LayerShape,
+        first: int,
+        positions: Value,
+        valid: Value,
+        state: _State,
+        bind: Mapping[str, Dim],
+    ) -> None:
+        """One layer at the end of the function."""
+        count = len(self.layers)
+        if shape.gates:
+            force = function.arg("gate_force")
+            force = imp.emit(ops.Slice(force, dim=0, start=first, stop=first + shape.gates)).y
+            controls = [force, function.arg("gate_bias"), function.arg("min_depth")]
+        else:
+            nothing = [TensorType(F32, (B,)), TensorType(I64, (B,))]
+            controls = [imp.fill(0, TensorType(I8, (1,))), *(imp.fill(0, t) for t in nothing)]
+        lengths = imp.emit(ops.Slice(function.arg("kv_len"), dim=0, start=index, stop=index + 1)).y
+        inputs = [
+            state.x,
+            positions,
+            valid,
+            *controls,
+            state.executed,
+            function.arg(f"past.{index}.key"),
+            function.arg(f"past.{index}.value"),
+            imp.reshape(lengths, (B,)),
+            *state.below,
+        ]
+        part = Part(f"layer{index}", layer=index, gate=first, remaining=count - index)
+        out = iter(
+            self.inline(function, shape.graph, inputs, part, self.prefixes[index], bind)
+        )
+        state.x, key, value, length, state.executed = (next(out) for _ in range(5))
+        state.x.name = f"x{index + 1}"
+        state.caches += [key, value]
+        state.lengths.append(length)
+        for _ in range(shape.gates):
+            state.gates.append(next(out))
+            state.probabilities.append(next(out))
+        if shape.records[0]:
+            state.experts[index] = next(out)
+        state.below = [next(out), next(out)] if shape.records[1] else []
+
+    def _return(
+        self, imp: Importer, function: Function, logits: Value, state: _State, gates: int
+    ) -> None:
+        results = {"logits": logits}
+
+        def stacked(values: Sequence[Value]) -> Value:
+            return imp.emit(
+                ops.Concat([imp.reshape(v, (1, *v.shape)) for v in values], dim=0)
+            ).y
+
+        if gates:
+            results["gates"] = stacked(state.gates)
+            results["gate_p"] = stacked(state.probabilities)
+        if state.experts:
+            type = next(iter(state.experts.values())).type
+            none = imp.fill(-1, type)
+            chosen = [state.experts.get(i, none) for i in range(len(self.layers))]
+            results["experts"] = stacked(chosen)
+        results["present.kv_len"] = stacked(state.lengths)
+        for index in range(len(self.layers)):
+            results[f"present.{index}.key"] = state.caches[2 * index]
+            results[f"present.{index}.value"] = state.caches[2 * index + 1]
+        function.body.append(ops.Return(list(results.values())))
+        function.result_names = tuple(results)
+
+
+class _Call(nn.Module):
+    def __init__(self, part: nn.Module) -> None:
+        super().__init__()
+        self.part = part
+
+    def forward(self, args: tuple[Any, ...]) -> Any:
+        return (self.part(*args),)
+
+
+class _Embed(nn.Module):
+    def __init__(self, part: Any) -> None:
+        super().__init__()
+        self.part = part
+
+    def forward(self, args: tuple[Any, ...]) -> Any:
+        return (self.part.embed(*args),)
+
+
+class _Head(nn.Module):
+    def __init__(self, part: Any) -> None:
+        super().__init__()
+        self.part = part
+
+    def forward(self, args: tuple[Any, ...]) -> Any:
+        return (self.part.head(*args),)
+
+
+class _LayerCall(nn.Module):
+    """A layer as a function of tensors; notes how many gates it has and what it records."""
+
+    def __init__(self, part: nn.Module) -> None:
+        super().__init__()
+        self.part = part
+        self.gates = 0
+        self.records = (False, False)
+
+    def forward(self, args: tuple[Any, ...]) -> tuple[Tensor, ...]:
+        x, positions, valid, force, bias, min_depth, executed, key, value, length, *below = args
+        step = Step(positions, valid, force, bias, min_depth, executed, remaining=1)
+        step.below = None if below[0] is None else (below[0], below[1])
+        y, cache = self.part(x, step, LayerCache(key, value, length))
+        records: list[Tensor] = [t for gate in step.gates for t in gate]
+        self.gates = len(step.gates)
+        self.records = (step.experts is not None, step.kv is not None)
+        records += [] if step.experts is None else [step.experts]
+        records += [] if step.kv is None else list(step.kv)
+        return (y, *cache, step.executed_after(), *records)
+
+
+MAX_GATES = 8
+"""Gates that one layer may have."""
+
+
+def fingerprint(module: nn.Module) -> Any:
+    """What a module's trace depends on: classes, plain attributes, shapes; not its weights.
+
+    Two modules with equal fingerprints are traced once. Attributes that are neither plain data nor
+    tensors make a module distinct from every other.
+    """
+    own = {k: v for k, v in vars(module).items() if not k.startswith("_") and k != "training"}
+    plain = tuple(sorted((k, _plain(v)) for k, v in own.items()))
+    tensors = [
+        (name, tuple(t.shape), str(t.dtype))
+        for named in (module.named_parameters, module.named_buffers)
+        for name, t in named(recurse=False)
+    ]
+    absent = tuple(name for name, t in module._parameters.items() if t is None)  # pyright: ignore
+    children = tuple((name, fingerprint(child)) for name, child in module.named_children())
+    return (type(module), plain, tuple(tensors), absent, children)
+
+
+def _plain(value: Any) -> str:
+    """A text that is equal for equal plain data."""
+    if value is None or isinstance(value, bool | int | float | str):
+        return repr(value)
+    if isinstance(value, list | tuple):
+        return f"[{', '.join(_plain(item) for item in cast('Sequence[Any]', value))}]"
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return repr(value)
+    return f"{type(value).__name__} {id(value)}"
+
+
+def _to_meta(part: nn.Module) -> nn.Module:
+    """The module with its tensors on the meta device; the model itself stays as it is."""
+    if all(t.device.type == "meta" for t in part.parameters()):
+        return part
+    import copy
+
+    memo = {
+        id(t): nn.Parameter(torch.empty_like(t, device="meta"), requires_grad=False)
+        for t in part.parameters()
+    }
+    return copy.deepcopy(part, cast("dict[int, Any]", memo)).to("meta")
+
+
+def _user_inputs(program: torch.export.ExportedProgram) -> list[Any]:
+    """The placeholders of tensors that the caller gives."""
+    names = set(program.graph_signature.user_inputs)
+    return [
+        node
+        for node in program.graph.nodes
+        if node.op == "placeholder"
+        and node.name in names
+        and isinstance(node.meta.get("val"), Tensor)
+    ]
+
+
+def _outputs(program: torch.export.ExportedProgram) -> list[Tensor]:
+    """The traced tensors that a part returns."""
+    (output,) = [node for node in program.graph.nodes if node.op == "output"]
+    return [node.meta["val"] for node in output.args[0]]
+
+
+def _on_meta_cache(decoder: Decoder) -> Sequence[LayerCache]:
+    """A tiny cache, for its shapes."""
+    return decoder.new_cache(1, 1).layers
