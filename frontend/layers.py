@@ -195,8 +195,8 @@ class Layer(nn.Module):
         out: Tensors = {}
         if isinstance(self.mlp, MixtureOfExperts):
             slots = self.mlp.config.num_experts_per_tok
-            positions = t["positions"]
-            out["experts"] = positions.new_full((*positions.shape, slots), -1)
+            shape = (*t["x"].shape[:-1], slots)
+            out["experts"] = t["x"].new_full(shape, -1, dtype=torch.int64)
         out["y"] = t.get("base", t["h"]).clone()
         if self.depth_adapter is not None:
             n = self.post_attention_layernorm(t["h"])

@@ -13,8 +13,9 @@ from liquidc.frontend.config import LiquidConfig
 from liquidc.frontend.layers import Layer
 from liquidc.frontend.loss import LossParts, total_loss
 from liquidc.frontend.moe import Experts
-from liquidc.frontend.protocol import LayerCache, Step, as_float32
+from liquidc.frontend.protocol import LayerCache, Step
 from liquidc.frontend.router import DepthRouter
+from liquidc.frontend.semantic_ops import at_least_float32
 
 
 @dataclass
@@ -95,7 +96,7 @@ class LiquidForCausalLM(nn.Module):
         """Final norm and logits f32[B, T, V] of states [B, T, D]."""
         x = self.model.norm(x)
         weight = self.model.embed_tokens.weight if self.lm_head is None else self.lm_head.weight
-        return as_float32(F.linear(x, weight))
+        return at_least_float32(F.linear(x, weight))
 
     def new_cache(self, batch: int, capacity: int) -> LiquidCache:
         """An empty cache of `capacity` slots for `batch` rows."""

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from liquidc.frontend import protocol
 from liquidc.frontend.config import LiquidConfig
 from liquidc.frontend.protocol import Step
+from liquidc.frontend.semantic_ops import at_least_float32
 
 
 class FeedForward(nn.Module):
@@ -72,7 +73,7 @@ class MixtureOfExperts(nn.Module):
         moe = self.config
         logits = self.gate(x)
         if torch.is_grad_enabled() and not protocol.is_exporting():
-            step.router = (protocol.as_float32(logits), shown)
+            step.router = (at_least_float32(logits), shown)
             shown = step.valid if step.dense_estimate else shown
         index, weight = protocol.route(
             logits,

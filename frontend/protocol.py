@@ -22,11 +22,6 @@ expert = ops.expert
 Arm = Callable[..., tuple[Tensor, ...]]
 
 
-def as_float32(x: Tensor) -> Tensor:
-    """X itself when it is float32 (no cast is traced), else a float32 copy."""
-    return x if x.dtype == torch.float32 else x.to(torch.float32)
-
-
 def is_exporting() -> bool:
     """Whether `torch.export` is tracing."""
     return torch.compiler.is_exporting()
@@ -212,7 +207,7 @@ def route(
     is the generic router of model spec 2.1; see `semantic_ops.route`.
     """
     return _op("route")(
-        as_float32(logits),
+        ops.at_least_float32(logits),
         mask,
         selection_bias,
         k,

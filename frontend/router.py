@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from liquidc.frontend.config import LiquidConfig
-from liquidc.frontend.protocol import as_float32
+from liquidc.frontend.semantic_ops import at_least_float32
 
 
 class DepthRouter(nn.Module):
@@ -35,13 +35,13 @@ class DepthRouter(nn.Module):
     def forward(self, u: Tensor) -> Tensor:
         """Scores f32[B, T] of u [B, T, D]."""
         if self.full_precision:
-            u = as_float32(u)
+            u = at_least_float32(u)
         z = _linear(u, self.proj1)
         if self.norm is not None:
             z = F.rms_norm(z, (z.shape[-1],), _like(self.norm.weight, z), self.eps)
         if self.proj2 is not None:
             z = _linear(_ACTIVATIONS[self.act](z), self.proj2)
-        z = as_float32(z)
+        z = at_least_float32(z)
         if z.shape[-1] == 1:
             return z.squeeze(-1)
         return z[..., self.exec_index] - z[..., 1 - self.exec_index]

@@ -32,17 +32,23 @@ class Expert:
         return self.function(x, *params)
 
 
+def at_least_float32(x: Tensor) -> Tensor:
+    """X itself in float32 and float64 (no cast is traced), else a float32 copy."""
+    return x if x.dtype in (torch.float32, torch.float64) else x.to(torch.float32)
+
+
 def rope(x: Tensor, positions: Tensor, theta: float) -> Tensor:
     """Rotary embedding (Su et al. 2021) of x [..., H, hd] at positions i64[...], half rotation.
 
     Component i < hd/2 is rotated with component i + hd/2 by `position · theta^(-2i/hd)`; angle,
-    sine and cosine are float32.
+    sine and cosine are float32 (float64 where x is).
     """
     half = x.shape[-1] // 2
-    rates = torch.tensor([theta ** (-i / half) for i in range(half)], device=x.device)
-    angle = positions.to(torch.float32).unsqueeze(-1) * rates
+    wide = at_least_float32(x)
+    rates = [theta ** (-i / half) for i in range(half)]
+    angle = positions.unsqueeze(-1) * torch.tensor(rates, dtype=wide.dtype, device=x.device)
     cos, sin = angle.cos().unsqueeze(-2), angle.sin().unsqueeze(-2)
-    first, second = x.to(torch.float32).chunk(2, dim=-1)
+    first, second = wide.chunk(2, dim=-1)
     turned = torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
     return turned.to(x.dtype)
 
@@ -120,7 +126,7 @@ def route(
     logits f32[..., E]; a token where mask bool[...] is false gets index -1 and weight 0. Equal
     scores: the lowest index wins.
     """
-    logits = logits.to(torch.float32)
+    logits = at_least_float32(logits)
     scores = router_scores(logits, score)
     chosen_by = scores if selection_bias is None else scores + selection_bias
     if n_group > 1:
@@ -256,8 +262,8 @@ def _as_gate(score: Tensor, valid: Tensor, *_: object) -> tuple[Tensor, Tensor]:
 def _as_route(
     logits: Tensor, mask: Tensor, bias: Tensor | None, k: int, *_: object
 ) -> tuple[Tensor, Tensor]:
-    shape = (*logits.shape[:-1], k)
-    return logits.new_empty(shape, dtype=torch.int64), logits.new_empty(shape, dtype=torch.float32)
+    chosen = logits[..., :k]
+    return torch.empty_like(chosen, dtype=torch.int64), torch.empty_like(chosen)
 
 
 _define("rope", "(Tensor x, Tensor positions, float theta) -> Tensor", rope, _as_first)
