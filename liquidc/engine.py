@@ -13,7 +13,7 @@ import hashlib
 import os
 import shutil
 import stat
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -46,7 +46,7 @@ def sha256_file(path: Path) -> str:
 
 
 @contextmanager
-def writing(output: Path) -> Iterator[None]:
+def writing(output: Path) -> Generator[None]:
     """Say in one line that `output` can't be written, when that is what an OSError means.
 
     Raises:

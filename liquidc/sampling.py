@@ -63,5 +63,5 @@ class Sampler:
         order = np.argsort(-probs, kind="stable")
         total = np.cumsum(probs[order])
         count = min(int(np.searchsorted(total, self.top_p)) + 1, len(order))
-        point = self._random.random() * total[count - 1]
+        point = self._random.random() * float(total[count - 1])
         return int(order[min(int(np.searchsorted(total, point, side="right")), count - 1)])

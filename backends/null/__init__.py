@@ -1,0 +1,1 @@
+"""The target that needs nothing: the engine is IR text, and the interpreter runs it."""

@@ -1,0 +1,168 @@
+"""Runs a null engine by the interpreter."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from liquidc.backends.base import Arrays, Cache, Runner, Trace
+from liquidc.backends.weights_file import NAME, WeightsFile
+from liquidc.errors import InternalError
+from liquidc.ir import Module, Op, ops, parse_module, verify
+from liquidc.ir.interpreter import Frame, Interpreter
+from liquidc.ir.types import DType
+from liquidc.ir.weights import torch_dtype
+
+if TYPE_CHECKING:
+    from liquidc.manifest import Manifest
+
+
+@dataclass(slots=True)
+class NullCache:
+    """Tensors by the names `past.*`, and the lengths i64[L, B]."""
+
+    batch: int
+    capacity: int
+    tensors: dict[str, torch.Tensor]
+    length: torch.Tensor
+
+    @property
+    def kv_len(self) -> NDArray[np.int64]:
+        """Slots taken by layer and row."""
+        return self.length.numpy().copy()
+
+
+class NullRunner(Runner):
+    """An engine in the interpreter.
+
+    Args:
+        engine: its directory.
+        manifest: its manifest.
+    """
+
+    def __init__(self, engine: Path, manifest: Manifest) -> None:
+        self._engine, self._manifest = engine, manifest
+        path = engine / str(manifest.artifact["module"])
+        self._module = parse_module(path.read_text(encoding="utf-8"), str(path))
+        verify(self._module)
+        self._weights = WeightsFile(engine / NAME, manifest.artifact["weights"])
+        self._interpreter = self._new_interpreter(self._module, self._weights)
+
+    def _new_interpreter(self, module: Module, weights: WeightsFile) -> Interpreter:
+        return Interpreter(module, weights)
+
+    def new_cache(self, batch: int, capacity: int) -> Cache:
+        """See `Runner`."""
+        info = self._manifest.cache
+        if info is None:
+            return NullCache(batch, capacity, {}, torch.zeros(0, batch, dtype=torch.int64))
+        named = {"B": batch, "S": capacity}
+        shape = [dim if isinstance(dim, int) else named[dim] for dim in info.shape]
+        dtype = torch_dtype(DType(info.dtype))
+        tensors = {
+            f"past.{layer}.{part}": torch.zeros(shape, dtype=dtype)
+            for layer in range(info.layers)
+            for part in ("key", "value")
+        }
+        length = torch.zeros(info.layers, batch, dtype=torch.int64)
+        return NullCache(batch, capacity, tensors, length)
+
+    def step(self, inputs: Mapping[str, NDArray[Any]], cache: Cache) -> Arrays:
+        """See `Runner`."""
+        if not isinstance(cache, NullCache):
+            raise InternalError("a cache of another runner")
+        given = {name: torch.as_tensor(array) for name, array in inputs.items()}
+        if cache.tensors:
+            given |= {**cache.tensors, "kv_len": cache.length}
+        one = given["input_ids"].shape[1] == 1 and "decode" in self._module.functions
+        out = self._interpreter.run("decode" if one else "prefill", given)
+        if cache.tensors:
+            cache.length = out.pop("present.kv_len")
+            for name in cache.tensors:
+                cache.tensors[name] = out.pop(name.replace("past.", "present.", 1))
+        return {name: tensor.numpy() for name, tensor in out.items()}
+
+    def profile(self, work: Callable[[Runner], None]) -> Trace:
+        """See `Runner`: the interpreter counts the rows of the ops that it computes."""
+        runner = _CountingRunner(self._engine, self._manifest)
+        work(runner)
+        trace = runner.trace()
+        runner.close()
+        return trace
+
+    def close(self) -> None:
+        """Unmap the weights."""
+        self._interpreter.weights.clear()
+        self._weights.close()
+
+
+class _CountingRunner(NullRunner):
+    def _new_interpreter(self, module: Module, weights: WeightsFile) -> Interpreter:
+        layers: dict[int, list[int]] = {}
+        for index, gate in enumerate(self._manifest.model.gates):
+            layers.setdefault(gate.layer, []).append(index)
+        gate_of = {
+            f"layer{layer}{part}": gate
+            for layer, gates in layers.items()
+            for part, gate in (("", gates[0]), ("/attn", gates[0]), ("/ffn", gates[-1]))
+        }
+        experts = [info.layer for info in self._manifest.model.experts]
+        return _Counting(module, weights, gate_of=gate_of, layer_of=_layers_of(module, experts))
+
+    def trace(self) -> Trace:
+        """What was counted."""
+        counting = self._interpreter
+        if not isinstance(counting, _Counting):
+            raise InternalError("the counting runner does not count")
+        return Trace(dict(counting.rows), {n: dict(c) for n, c in counting.experts.items()})
+
+
+_Experts = (ops.GroupedExperts, ops.MapExperts)
+
+
+def _layers_of(module: Module, layers: Sequence[int]) -> dict[Op, int]:
+    """The layer of each op that holds experts: they stand in the order of the layers."""
+    found: dict[Op, int] = {}
+    for function in module.functions.values():
+        holders = [op for op in function.body.walk() if isinstance(op, _Experts)]
+        if len(holders) == len(layers):
+            found |= dict(zip(holders, layers, strict=True))
+    return found
+
+
+@dataclass(slots=True)
+class _Counting(Interpreter):
+    """Counts, where it computes, the rows of gated work and the tokens of each expert.
+
+    The rows of a conditional's work are those of the last projection in it, the one into the
+    residual stream: what a gate lets run and nothing else reaches it.
+    """
+
+    gate_of: dict[str, int] = field(default_factory=dict[str, int])
+    layer_of: dict[Op, int] = field(default_factory=dict[Op, int])
+    rows: Counter[int] = field(default_factory=Counter[int])
+    experts: dict[int, Counter[int]] = field(default_factory=dict[int, Counter[int]])
+    last: int = 0
+
+    def _op(self, op: Op, frame: Frame) -> Sequence[torch.Tensor]:
+        gate = self.gate_of.get(op.label) if isinstance(op, ops.If) else None
+        if isinstance(op, ops.If) and gate is not None and bool(frame.values[op.cond]):
+            self.last = 0
+            outputs = Interpreter._op(self, op, frame)
+            self.rows[gate] += self.last
+            return outputs
+        if isinstance(op, ops.Linear | ops.GroupedExperts | ops.MapExperts):
+            x = frame.values[op.x]
+            self.last = x.numel() // x.shape[-1]
+        if isinstance(op, _Experts) and op in self.layer_of:
+            chosen = frame.values[op.index]
+            counter = self.experts.setdefault(self.layer_of[op], Counter())
+            counter.update(int(expert) for expert in chosen.reshape(-1) if expert >= 0)
+        return Interpreter._op(self, op, frame)

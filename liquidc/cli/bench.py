@@ -1,0 +1,97 @@
+"""`liquidc bench ENGINE`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from liquidc.cli.output import bytes_text, counting, emit_json, json_option, table
+
+
+@click.command(
+    epilog="""\b
+Examples:
+  liquidc bench engine
+  liquidc bench engine --levels 100,50,0 --cached 512 --turns 20
+  liquidc bench engine --prompt 0 --json"""
+)
+@click.argument("engine", type=click.Path(path_type=Path))
+@click.option("--levels", default="100,50,0", show_default=True, help="Percent of gates on.")
+@click.option("--cached", default=16, show_default=True, help="Tokens before the decode steps.")
+@click.option("--steps", default=16, show_default=True, help="Decode steps per turn.")
+@click.option("--turns", default=10, show_default=True, help="Turns of each level.")
+@click.option("--prompt", default=128, show_default=True, help="Tokens of a prefill; 0 for none.")
+@click.option("--threads", type=click.IntRange(min=1), help="Threads of one operation.")
+@json_option
+def command(
+    engine: Path,
+    levels: str,
+    cached: int,
+    steps: int,
+    turns: int,
+    prompt: int,
+    threads: int | None,
+    as_json: bool,
+) -> None:
+    """Time decoding and prefill of ENGINE at several depths, the levels taking turns.
+
+    One engine file serves every level: gates are forced at run time. Medians with range and 95 %
+    interval; leave the machine alone meanwhile.
+    """
+    from liquidc.backends.base import RunnerOptions
+    from liquidc.bench import BenchOptions, bench
+    from liquidc.runtime import load
+
+    options = BenchOptions(
+        levels=_parse(levels), cached=cached, steps=steps, turns=turns, prompt=prompt
+    )
+    with (
+        load(engine, options=RunnerOptions(threads=threads, bench=True)) as loaded,
+        counting(quiet=as_json) as report,
+    ):
+        result = bench(loaded, options, report)
+    if as_json:
+        emit_json({"engine": str(engine), **result})
+    else:
+        _show(result)
+
+
+def _parse(text: str) -> tuple[int, ...]:
+    try:
+        return tuple(int(part) for part in text.split(","))
+    except ValueError:
+        context = click.get_current_context()
+        raise click.BadParameter(
+            f"{text!r} is not a list of numbers", context, param_hint="--levels"
+        ) from None
+
+
+def _show(result: dict[str, Any]) -> None:
+    first: dict[str, float] = {}
+    rows: list[list[str]] = []
+    for row in result["rows"]:
+        kind = row["name"].partition(",")[0]
+        base = first.setdefault(kind, row["ms_median"])
+        size, share = row["bytes_per_token"], row["bandwidth_share"]
+        rows.append(
+            [
+                row["name"],
+                row["shape"],
+                f"{row['ms_median']:.3f}",
+                f"{row['ms_low']:.3f}–{row['ms_high']:.3f}",
+                f"{row['ms_min']:.3f}–{row['ms_max']:.3f}",
+                f"{row['ms_median'] / base:.3f}",
+                "" if size is None else bytes_text(size),
+                "" if share is None else f"{100 * share:.0f} %",
+            ]
+        )
+    columns = ["", "", "ms, median", "95 %", "range", "ratio", "bytes/token", "bandwidth"]
+    table("", columns, rows, right=2)
+    machine = result["machine"]
+    click.echo(
+        f"{machine['processor']}, {machine['cores']} cores, reads "
+        f"{bytes_text(result['read_bandwidth_bytes_per_second'])}/s; {result['turns']} turns"
+        + (f"; {result['settings']}" if result["settings"] else "")
+    )

@@ -1,0 +1,149 @@
+"""`liquidc compile MODEL -o ENGINE`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from liquidc.cli.output import StageProgress, bytes_text, emit_json, json_option, table
+
+if TYPE_CHECKING:
+    from liquidc.ir.rewriter import Statistics
+    from liquidc.pipeline import CompileOptions
+
+
+@click.command(
+    epilog="""\b
+Examples:
+  liquidc compile samples/tiny-liquid -o engine --target onnxruntime
+  liquidc compile model -o engine --dry-run
+  liquidc compile model -o engine --dump-dir stages --verify-each --stats
+  liquidc compile model -o engine --start-from passes=edited.ir --force"""
+)
+@click.argument("model", type=click.Path(path_type=Path))
+@click.option("-o", "--output", type=click.Path(path_type=Path), help="Engine directory to write.")
+@click.option("--target", default="onnxruntime", show_default=True, help="See `liquidc targets`.")
+@click.option("--passes", help="Run these passes instead, in order: `a,b{key=value}`.")
+@click.option("--no-pass", multiple=True, metavar="NAME", help="Leave a pass out; repeatable.")
+@click.option("--verify-each", is_flag=True, help="Check the IR after every pass.")
+@click.option("--dump-dir", type=click.Path(path_type=Path), help="Write each stage's artefact.")
+@click.option("--start-from", metavar="STAGE=FILE", help="Take a stage's artefact from a file.")
+@click.option("--stats", is_flag=True, help="Show how often each rewrite rule fired.")
+@click.option("--dry-run", is_flag=True, help="Show the plan, write nothing.")
+@click.option("--force", is_flag=True, help="Replace the engine if there is one.")
+@json_option
+def command(
+    model: Path,
+    output: Path | None,
+    target: str,
+    passes: str | None,
+    no_pass: tuple[str, ...],
+    verify_each: bool,
+    dump_dir: Path | None,
+    start_from: str | None,
+    stats: bool,
+    dry_run: bool,
+    force: bool,
+    as_json: bool,
+) -> None:
+    """Compile the checkpoint directory MODEL into an engine directory.
+
+    The engine appears whole or not at all. Beside it, ENGINE.build.json says how long each stage
+    took; it is no part of the engine.
+    """
+    if output is None and not dry_run:
+        raise click.UsageError("Missing option '-o' / '--output'.", click.get_current_context())
+    from liquidc.passplan import split_passes
+    from liquidc.pipeline import CompileOptions, compile_model
+
+    options = CompileOptions(
+        target=target,
+        passes=None if passes is None else split_passes(passes),
+        without=no_pass,
+        verify_each=verify_each,
+        dump=dump_dir,
+        start=None if start_from is None else _start(start_from),
+        force=force,
+    )
+    if dry_run or output is None:
+        _show_plan(model, output, options, as_json=as_json)
+        return
+    progress = StageProgress(quiet=as_json)
+    try:
+        compiled = compile_model(model, output, options, progress)
+    finally:
+        progress.stop()
+    if stats:
+        show_statistics(compiled.statistics, as_json=as_json)
+    if as_json:
+        result: dict[str, Any] = {
+            "engine": str(compiled.engine),
+            "sha256": compiled.manifest.sha256,
+            "seconds": compiled.seconds,
+            "peak_rss_bytes": compiled.peak_rss_bytes,
+            "stages": [
+                {"name": s.name, "seconds": s.seconds, "peak_rss_bytes": s.peak_rss_bytes}
+                for s in compiled.stages
+            ],
+        }
+        if stats:
+            result["rules"] = dict(sorted(compiled.statistics.fired.items()))
+        emit_json(result)
+        return
+    size = sum(info.bytes for info in compiled.manifest.files.values())
+    click.echo(
+        f"{compiled.engine}: {bytes_text(size)} in {len(compiled.manifest.files) + 1} files, "
+        f"{compiled.seconds:.1f} s, peak memory {bytes_text(compiled.peak_rss_bytes)}, "
+        f"sha256 {compiled.manifest.sha256[:16]}…"
+    )
+
+
+def show_statistics(statistics: Statistics, *, as_json: bool, stderr: bool = False) -> None:
+    """Print the table of rule firings, unless the result is JSON."""
+    if as_json:
+        return
+    rows = [[name, str(count)] for name, count in sorted(statistics.fired.items())]
+    table("", ["rule", "fired"], rows or [["(none)", "0"]], stderr=stderr)
+
+
+def _start(text: str) -> tuple[str, Path]:
+    stage, equals, file = text.partition("=")
+    if not (stage and equals and file):
+        raise click.BadParameter(
+            f"{text!r} is not STAGE=FILE", click.get_current_context(), param_hint="--start-from"
+        )
+    return stage, Path(file)
+
+
+def _show_plan(model: Path, output: Path | None, options: CompileOptions, *, as_json: bool) -> None:
+    from liquidc.engine import EngineWriter
+    from liquidc.pipeline import make_plan, open_model
+
+    if output is not None:
+        EngineWriter(output, force=options.force).check()
+    plan = make_plan(options)
+    opened = open_model(model)
+    if as_json:
+        emit_json(
+            {
+                "model": str(model),
+                "model_type": opened.type,
+                "engine": None if output is None else str(output),
+                "target": plan.backend.target(),
+                "functions": list(plan.backend.functions),
+                "stages": list(plan.stages),
+                "passes": [p.text for p in plan.passes],
+                "copied": sorted(opened.files()),
+            }
+        )
+        return
+    target = ", ".join(f"{value}" for value in plan.backend.target().values())
+    click.echo(f"model     {model} ({opened.type})")
+    click.echo(f"target    {target}")
+    click.echo(f"functions {', '.join(f'@{name}' for name in plan.backend.functions)}")
+    click.echo(f"stages    {' → '.join(plan.stages)}")
+    click.echo(f"passes    {' → '.join(p.text for p in plan.passes) or '(none)'}")
+    click.echo(f"copied    {', '.join(sorted(opened.files()))}")
+    click.echo("nothing was written")

@@ -1,0 +1,103 @@
+"""`liquidc inspect ENGINE`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from liquidc.cli.output import bytes_text, emit_json, json_option, table
+
+if TYPE_CHECKING:
+    from liquidc.manifest import GateInfo, Manifest
+
+
+@click.command(
+    epilog="""\b
+Examples:
+  liquidc inspect engine
+  liquidc inspect engine --json | python -m json.tool"""
+)
+@click.argument("engine", type=click.Path(path_type=Path))
+@click.option("--no-hash", is_flag=True, help="Don't read the files to check their hashes.")
+@json_option
+def command(engine: Path, no_hash: bool, as_json: bool) -> None:
+    """Show what the engine in the directory ENGINE consists of; its files are checked."""
+    from liquidc.engine import check_files, read_manifest
+    from liquidc.records import to_json
+
+    manifest = read_manifest(engine)
+    if not no_hash:
+        check_files(engine, manifest)
+    if as_json:
+        content = to_json(manifest)
+        content["engine_schema"] = content.pop("schema")
+        content["built_by"] = content.pop("liquidc")
+        emit_json({"engine": str(engine), "sha256": manifest.sha256, **content})
+        return
+    _show(engine, manifest)
+
+
+def _show(engine: Path, manifest: Manifest) -> None:
+    model = manifest.model
+    size = sum(info.bytes for info in manifest.files.values())
+    gated = len({gate.layer for gate in model.gates})
+    cache = manifest.cache
+    facts = [
+        ["engine", f"{engine}, {bytes_text(size)}, schema {manifest.schema}"],
+        ["sha256", manifest.sha256],
+        ["built by", ", ".join(f"{name} {version}" for name, version in manifest.tools.items())],
+        ["target", ", ".join(f"{name} {text}" for name, text in manifest.target.items())],
+        ["model", f"{model.type}, {model.sha256[:16]}…"],
+        [
+            "shape",
+            f"{model.layers} layers ({gated} gated), vocabulary {model.vocabulary}, "
+            f"context {model.context or 'unknown'}",
+        ],
+        [
+            "cache",
+            "none"
+            if cache is None
+            else f"{cache.policy}, {cache.layers} × 2 × {cache.dtype}"
+            f"[{', '.join(map(str, cache.shape))}]",
+        ],
+        ["passes", ", ".join(p.name for p in manifest.passes) or "none"],
+    ]
+    table("", ["", ""], facts, right=9)
+    _show_layers(manifest)
+    for name, entry in manifest.functions.items():
+        rows = [
+            [kind, spec.name, f"{spec.dtype}[{', '.join(map(str, spec.shape))}]"]
+            for kind, specs in (("in", entry.inputs), ("out", entry.outputs))
+            for spec in specs
+            if not spec.name.startswith(("past.", "present."))
+        ]
+        table(
+            f"@{name}, the caches past.* and present.* apart", ["", "name", "type"], rows, right=9
+        )
+    rows = [[name, f"{info.bytes:,}", info.sha256] for name, info in sorted(manifest.files.items())]
+    table("", ["file", "bytes", "sha256"], rows)
+
+
+def _show_layers(manifest: Manifest) -> None:
+    model, cost = manifest.model, manifest.cost
+    experts = {info.layer: f"{info.per_token} of {info.experts}" for info in model.experts}
+    rows: list[list[str]] = []
+    for layer in range(model.layers):
+        gates = [index for index, gate in enumerate(model.gates) if gate.layer == layer]
+        rows.append(
+            [
+                str(layer),
+                ", ".join(_rule(model.gates[i]) for i in gates) or "always runs",
+                experts.get(layer, "dense"),
+                bytes_text(sum(cost.run[i] for i in gates)) if gates else "",
+                bytes_text(sum(cost.skip[i] for i in gates)) if gates else "",
+            ]
+        )
+    columns = ["layer", "gate", "experts", "weights read if run", "if skipped"]
+    table(f"layers ({bytes_text(cost.always)} are read for every token)", columns, rows, right=3)
+
+
+def _rule(gate: GateInfo) -> str:
+    return f"p {'>' if gate.compare == 'gt' else '≥'} {gate.threshold:g}"

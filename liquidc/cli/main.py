@@ -1,0 +1,138 @@
+"""The `liquidc` command: finds the verb, runs it, turns every outcome into an exit code.
+
+0 done · 1 a check ran and failed · 2 bad input or usage · 3 target not available here ·
+4 internal error · 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import signal
+import sys
+from collections.abc import Sequence
+from typing import Any, cast
+
+import click
+
+from liquidc.cli.output import emit_error
+from liquidc.errors import LiquidError
+from liquidc.knobs import debug
+from liquidc.version import __version__
+
+VERBS = {
+    "compile": "Compile a model into an engine directory.",
+    "run": "Generate text with an engine.",
+    "verify": "Compare an engine with its PyTorch reference.",
+    "bench": "Time an engine at several depths.",
+    "inspect": "Show what an engine consists of.",
+    "opt": "Run passes over IR text.",
+    "targets": "List what this machine can build and run.",
+}
+
+
+class LazyGroup(click.Group):
+    """Imports `liquidc.cli.VERB` when a verb is called, and reports every error in one line."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        """The verbs, in the order in which one meets them."""
+        return list(VERBS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        """The verb `cmd_name`."""
+        if cmd_name not in VERBS:
+            return None
+        module = importlib.import_module(f"liquidc.cli.{cmd_name}")
+        return cast(click.Command, module.command)
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """The list of verbs, written without importing any."""
+        with formatter.section("Verbs"):
+            formatter.write_dl(list(VERBS.items()))
+
+    def main(self, args: Sequence[str] | None = None, *rest: Any, **extra: Any) -> Any:
+        """Run and exit."""
+        given = list(sys.argv[1:] if args is None else args)
+        extra["standalone_mode"] = False
+        trace = debug() or "--traceback" in given
+        as_json = "--json" in given
+        try:
+            code: int | None = super().main(given, *rest, **extra)
+            sys.stdout.flush()
+        except BrokenPipeError:
+            _silence_stdout()
+            code = 128 + signal.SIGPIPE
+        except (Exception, KeyboardInterrupt) as error:
+            code = report(error, trace=trace, as_json=as_json)
+        sys.exit(code or 0)
+
+
+def report(error: BaseException, *, trace: bool, as_json: bool) -> int:
+    """Say what went wrong, on one line, and give the exit code."""
+    code, message = explain(error)
+    if code == 4 and trace:
+        import traceback
+
+        traceback.print_exception(error)
+    elif code == 4:
+        message += " (a fault of liquidc; --traceback shows where)"
+    emit_error(message, code, as_json=as_json)
+    return code
+
+
+def explain(error: BaseException) -> tuple[int, str]:
+    """Exit code and message of an exception."""
+    if isinstance(error, LiquidError):
+        return error.exit_code, str(error)
+    if isinstance(error, click.exceptions.Exit):
+        return error.exit_code, ""
+    if isinstance(error, KeyboardInterrupt | click.Abort):
+        signum = getattr(error, "signum", signal.SIGINT)
+        return 128 + int(signum), "interrupted"
+    if isinstance(error, click.UsageError):
+        hint = f"; try '{error.ctx.command_path} --help'" if error.ctx is not None else ""
+        return 2, error.format_message().rstrip(".") + hint
+    if isinstance(error, click.ClickException):
+        return 2, error.format_message()
+    if isinstance(error, OSError) and error.strerror:
+        place = f"{error.filename}: " if error.filename else ""
+        return 2, f"{place}{error.strerror}"
+    return 4, f"{type(error).__name__}: {error}".replace("\n", " ")
+
+
+def _silence_stdout() -> None:
+    """Keep Python from failing again when it flushes the broken pipe at exit."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+@click.group(
+    cls=LazyGroup,
+    invoke_without_command=True,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+    epilog="Exit codes: 0 done, 1 a check failed, 2 bad input or usage, 3 the target is not "
+    "available here, 4 internal error. Every verb takes --json.",
+)
+@click.version_option(__version__, prog_name="liquidc")
+@click.option("--traceback", is_flag=True, help="Show the traceback of an internal error.")
+@click.pass_context
+def cli(ctx: click.Context, traceback: bool) -> None:
+    r"""Compile decoder LLMs with dynamic depth and sparse experts, run and verify the engines.
+
+    \b
+    Examples:
+      liquidc compile samples/tiny-liquid -o engine --target onnxruntime
+      liquidc run engine -p "The with statement" --show-depth
+      liquidc verify engine
+    """
+    del traceback
+    if ctx.invoked_subcommand is None:
+        click.echo(ctx.get_help())
+
+
+def main() -> None:
+    """Entry point of the console script."""
+    cli.main()
+
+
+if __name__ == "__main__":
+    main()

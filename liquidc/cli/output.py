@@ -1,0 +1,165 @@
+"""What verbs share: JSON for machines, tables for people, progress for those who wait.
+
+Results go to standard output; progress and errors to standard error.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import sys
+import time
+from collections.abc import Callable, Generator
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import click
+
+from liquidc.version import __version__
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.progress import Progress as Bar
+    from rich.progress import TaskID
+
+SCHEMA = 1
+"""Version of the JSON results."""
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def json_option(function: F) -> F:
+    """Adds `--json`; the verb gets it as `as_json`."""
+    return click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")(
+        function
+    )
+
+
+def emit_json(result: dict[str, Any]) -> None:
+    """Print a result as JSON, with the versions that every result carries."""
+    complete = {"schema": SCHEMA, "liquidc": __version__, **result}
+    click.echo(json.dumps(complete, indent=2, ensure_ascii=False))
+
+
+def emit_error(message: str, code: int, *, as_json: bool) -> None:
+    """Print an error; nothing for an empty message."""
+    if not message:
+        return
+    with contextlib.suppress(BrokenPipeError):
+        click.echo(f"error: {message}", err=True)
+        if as_json:
+            emit_json({"error": message, "exit_code": code})
+
+
+def console(*, stderr: bool = False) -> Console:
+    """A rich console; plain and without a fixed width when the output is no terminal."""
+    from rich.console import Console
+
+    stream = sys.stderr if stderr else sys.stdout
+    terminal = stream.isatty()
+    return Console(
+        file=stream, width=None if terminal else 120, highlight=False, soft_wrap=not terminal
+    )
+
+
+def table(
+    title: str,
+    columns: list[str],
+    rows: list[list[str]],
+    *,
+    right: int = 1,
+    stderr: bool = False,
+) -> None:
+    """Print a table; columns from number `right` on are aligned to the right."""
+    from rich.table import Table
+
+    shown = Table(title=title or None, title_justify="left", box=_box(), pad_edge=False)
+    for index, column in enumerate(columns):
+        shown.add_column(column, justify="right" if index >= right else "left", overflow="fold")
+    for row in rows:
+        shown.add_row(*row)
+    console(stderr=stderr).print(shown)
+
+
+def _box() -> Any:
+    from rich import box
+
+    return box.SIMPLE_HEAD
+
+
+def bytes_text(size: float) -> str:
+    """A number of bytes for people."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if size < 1000 or unit == "GB":
+            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
+        size /= 1000
+    return ""
+
+
+class StageProgress:
+    """Progress of a compile: a bar on a terminal, else one line for each finished stage."""
+
+    def __init__(self, *, quiet: bool = False) -> None:
+        self._quiet = quiet
+        self._terminal = sys.stderr.isatty() and not quiet
+        self._bar: Bar | None = None
+        self._task: TaskID | None = None
+
+    def stage(self, name: str, total: int) -> None:
+        """A stage begins."""
+        if not self._terminal:
+            return
+        from rich.progress import BarColumn, DownloadColumn, SpinnerColumn, TextColumn
+        from rich.progress import Progress as Bar
+
+        columns = [SpinnerColumn(), TextColumn(f"{name:10s}")]
+        if total:
+            columns += [BarColumn(), DownloadColumn()]
+        self._bar = Bar(*columns, console=console(stderr=True), transient=True)
+        self._bar.start()
+        self._task = self._bar.add_task(name, total=total or None)
+
+    def advance(self, amount: int) -> None:
+        """So many bytes more were written."""
+        if self._bar is not None and self._task is not None:
+            self._bar.advance(self._task, amount)
+
+    def done(self, name: str, seconds: float) -> None:
+        """The stage is over."""
+        self.stop()
+        if not self._quiet:
+            click.echo(f"{name:10s} {seconds:8.2f} s", err=True)
+
+    def stop(self) -> None:
+        """Remove the bar, also after an error."""
+        if self._bar is not None:
+            self._bar.stop()
+            self._bar = self._task = None
+
+
+@contextlib.contextmanager
+def counting(*, quiet: bool = False) -> Generator[Callable[[str, int, int], None]]:
+    """A function that is told (what, done, total): bars on a terminal, else lines now and then."""
+    if quiet:
+        yield lambda what, done, total: None
+    elif sys.stderr.isatty():
+        from rich.progress import Progress as Bar
+
+        tasks: dict[str, TaskID] = {}
+        with Bar(console=console(stderr=True), transient=True) as bar:
+
+            def show(what: str, done: int, total: int) -> None:
+                if what not in tasks:
+                    tasks[what] = bar.add_task(what, total=total)
+                bar.update(tasks[what], completed=done, total=total)
+
+            yield show
+    else:
+        last: dict[str, float] = {}
+
+        def tell(what: str, done: int, total: int) -> None:
+            now = time.monotonic()
+            if done == total or now - last.get(what, 0.0) > 10:
+                last[what] = now
+                click.echo(f"{what}: {done} of {total}", err=True)
+
+        yield tell

@@ -1,0 +1,191 @@
+"""`liquidc run ENGINE -p PROMPT`."""
+
+from __future__ import annotations
+
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from liquidc.cli.output import emit_json, json_option
+
+if TYPE_CHECKING:
+    from rich.style import Style
+
+    from liquidc.runtime import Engine, Token
+
+_BARS = "▁▂▃▄▅▆▇█"
+
+
+@click.command(
+    epilog="""\b
+Examples:
+  liquidc run engine -p "The with statement"
+  liquidc run engine -p "12 + 7 =" --show-depth --max-new-tokens 32
+  liquidc run engine --ids 84,104,101 --temperature 0.8 --top-p 0.95 --seed 7
+  echo "Lists are" | liquidc run engine --json"""
+)
+@click.argument("engine", type=click.Path(path_type=Path))
+@click.option("-p", "--prompt", help="The text to continue; else it is read from standard input.")
+@click.option("--ids", help="The prompt as token ids, separated by commas.")
+@click.option("-n", "--max-new-tokens", default=64, show_default=True, help="At most so many.")
+@click.option("--temperature", default=0.0, show_default=True, help="0 takes the most probable.")
+@click.option("--top-p", default=1.0, show_default=True, help="Draw from this much probability.")
+@click.option("--seed", default=0, show_default=True, help="Of the sampling.")
+@click.option("--stop", multiple=True, help="End before this text; repeatable.")
+@click.option("--gate-bias", default=0.0, show_default=True, help="Above 0 runs more layers.")
+@click.option("--min-depth", default=0, show_default=True, help="Layers that every token runs.")
+@click.option("--show-depth", is_flag=True, help="Colour tokens by the layers that they ran.")
+@click.option("--threads", type=click.IntRange(min=1), help="Threads of one operation.")
+@json_option
+def command(
+    engine: Path,
+    prompt: str | None,
+    ids: str | None,
+    max_new_tokens: int,
+    temperature: float,
+    top_p: float,
+    seed: int,
+    stop: tuple[str, ...],
+    gate_bias: float,
+    min_depth: int,
+    show_depth: bool,
+    threads: int | None,
+    as_json: bool,
+) -> None:
+    """Continue a prompt with the engine in the directory ENGINE, token by token."""
+    from liquidc.backends.base import RunnerOptions
+    from liquidc.runtime import load
+
+    if prompt is not None and ids is not None:
+        raise click.UsageError("Give --prompt or --ids.", click.get_current_context())
+    given: str | list[int]
+    given = _parse_ids(ids) if ids is not None else _read_prompt() if prompt is None else prompt
+    with load(engine, options=RunnerOptions(threads=threads)) as loaded:
+        start = time.perf_counter()
+        tokens: list[Token] = []
+        show = _Shown(loaded, show_depth=show_depth, silent=as_json)
+        for token in loaded.generate(
+            given,
+            max_new_tokens,
+            temperature=temperature,
+            top_p=top_p,
+            seed=seed,
+            stop=stop,
+            gate_bias=gate_bias,
+            min_depth=min_depth,
+        ):
+            tokens.append(token)
+            show.token(token)
+        seconds = time.perf_counter() - start
+        if as_json:
+            emit_json(_result(loaded, given, tokens, seconds))
+        else:
+            show.end(tokens)
+
+
+def _parse_ids(text: str) -> list[int]:
+    try:
+        return [int(part) for part in text.replace(",", " ").split()]
+    except ValueError:
+        raise click.BadParameter(
+            f"{text!r} is not a list of numbers", click.get_current_context(), param_hint="--ids"
+        ) from None
+
+
+def _read_prompt() -> str:
+    if sys.stdin.isatty():
+        raise click.UsageError("Give --prompt or --ids.", click.get_current_context())
+    return sys.stdin.read().rstrip("\n")
+
+
+def _result(
+    engine: Engine, prompt: str | list[int], tokens: list[Token], seconds: float
+) -> dict[str, Any]:
+    return {
+        "prompt": prompt,
+        "text": "".join(token.text for token in tokens),
+        "layers": engine.manifest.model.layers,
+        "seconds": seconds,
+        "tokens": [
+            {
+                "id": token.id,
+                "text": token.text,
+                "logprob": token.logprob,
+                "depth": token.depth,
+                "layers": list(token.layers),
+                "experts": {str(layer): list(ids) for layer, ids in token.experts.items()},
+            }
+            for token in tokens
+        ],
+    }
+
+
+class _Shown:
+    """Text as it comes, and in the end what the depth of each token was."""
+
+    def __init__(self, engine: Engine, *, show_depth: bool, silent: bool) -> None:
+        self._layers = engine.manifest.model.layers
+        self._ids_only = engine.tokenizer is None
+        self._depth = show_depth
+        self._silent = silent
+        self._console = None
+        if show_depth and not silent:
+            from liquidc.cli.output import console
+
+            self._console = console()
+
+    def token(self, token: Token) -> None:
+        """Print one token."""
+        if self._silent:
+            return
+        text = f"{token.id} " if self._ids_only else token.text
+        if self._console is None:
+            click.echo(text, nl=False)
+        else:
+            from rich.text import Text
+
+            self._console.print(Text(text, style=self._style(token.depth)), end="")
+        sys.stdout.flush()
+
+    def end(self, tokens: list[Token]) -> None:
+        """Print the legend and the picture."""
+        click.echo()
+        if self._console is None or not tokens:
+            return
+        from rich.text import Text
+
+        out = self._console
+        depths = [token.depth for token in tokens]
+        out.print()
+        legend = Text("layers run  ")
+        for depth in range(min(depths), max(depths) + 1):
+            legend.append(f" {depth} ", style=self._style(depth))
+        mean = sum(depths) / len(depths)
+        legend.append(f"   mean {mean:.2f} of {self._layers} over {len(depths)} tokens")
+        out.print(legend)
+        width = max(out.width - 12, 20)
+        for first in range(0, len(depths), width):
+            line = Text(f"token {first:<5d} ")
+            for depth in depths[first : first + width]:
+                line.append(self._bar(depth), style=self._style(depth))
+            out.print(line)
+
+    def _share(self, depth: int) -> float:
+        return depth / self._layers if self._layers else 1.0
+
+    def _bar(self, depth: int) -> str:
+        return _BARS[round(self._share(depth) * (len(_BARS) - 1))]
+
+    def _style(self, depth: int) -> Style:
+        """From blue (few layers) over green to red (all)."""
+        import colorsys
+
+        from rich.color import Color
+        from rich.style import Style
+
+        red, green, blue = colorsys.hsv_to_rgb((1 - self._share(depth)) * 0.62, 0.75, 0.95)
+        color = Color.from_rgb(red * 255, green * 255, blue * 255)
+        return Style(color=color)

@@ -1,0 +1,198 @@
+"""What a manifest says about a module, read off the IR: gates, experts, cache, weight traffic."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterable
+from typing import cast
+
+from liquidc.errors import InternalError
+from liquidc.ir import Block, Function, Module, Op, Value, ops
+from liquidc.ir.types import TensorType
+from liquidc.ir.weights import sizes
+from liquidc.manifest import (
+    CacheInfo,
+    CostInfo,
+    EntryPoint,
+    ExpertInfo,
+    GateInfo,
+    ModelInfo,
+    TensorSpec,
+)
+
+
+def entry_points(module: Module) -> dict[str, EntryPoint]:
+    """Inputs and outputs of every function."""
+    return {
+        name: EntryPoint(
+            tuple(_spec(arg.name, arg.type) for arg in function.args),
+            tuple(
+                _spec(result, value.type)
+                for result, value in zip(function.result_names, function.returned, strict=True)
+            ),
+        )
+        for name, function in module.functions.items()
+    }
+
+
+def model_info(module: Module, type: str, sha256: str) -> ModelInfo:
+    """The model, by its main function."""
+    main = main_function(module)
+    logits = dict(zip(main.result_names, main.returned, strict=True))["logits"]
+    context = module.attributes.get("max_positions")
+    return ModelInfo(
+        sha256=sha256,
+        type=type,
+        layers=cast(int, module.attributes.get("layers", 0)),
+        vocabulary=cast(int, logits.shape[-1]),
+        context=context if isinstance(context, int) else None,
+        gates=_gates(main),
+        experts=_experts(main),
+    )
+
+
+def cache_info(module: Module) -> CacheInfo | None:
+    """The cache; None in a module without one."""
+    main = main_function(module)
+    keys = [arg for arg in main.args if arg.name.startswith("past.") and arg.name.endswith(".key")]
+    if not keys:
+        return None
+    policy = str(module.attributes.get("kv_policy", "own"))
+    return CacheInfo(len(keys), str(keys[0].dtype), keys[0].shape, policy)
+
+
+def main_function(module: Module) -> Function:
+    """`@prefill`, or the only function that there is.
+
+    Raises:
+        InternalError: there is no function.
+    """
+    if not module.functions:
+        raise InternalError("the module has no function")
+    return module.functions.get("prefill") or next(iter(module.functions.values()))
+
+
+def cost_info(module: Module) -> CostInfo:
+    """Bytes of weights that one token reads, always and by gate."""
+    main = main_function(module)
+    gates = _gates(main)
+    of_layer: dict[int, list[int]] = {}
+    for index, gate in enumerate(gates):
+        of_layer.setdefault(gate.layer, []).append(index)
+    always, run, skip = 0, [0] * len(gates), [0] * len(gates)
+    for op in main.body.walk():
+        if not isinstance(op, ops.Weight):
+            continue
+        places = {_place(user, of_layer) for user in op.y.uses}
+        size = max((_read_bytes(user, op.y) for user in op.y.uses), default=0)
+        gate, arm = places.pop() if len(places) == 1 else (None, "")
+        if gate is None:
+            always += size
+        elif arm == "then":
+            run[gate] += size
+        else:
+            skip[gate] += size
+    return CostInfo(always, tuple(run), tuple(skip))
+
+
+def _spec(name: str, type: TensorType) -> TensorSpec:
+    return TensorSpec(name, str(type.dtype), type.shape)
+
+
+def _gates(main: Function) -> tuple[GateInfo, ...]:
+    found = {
+        op.gate: GateInfo(op.layer, op.threshold, op.compare, op.reserved)
+        for op in main.body.walk()
+        if isinstance(op, ops.DepthGate)
+    }
+    return tuple(found[index] for index in sorted(found))
+
+
+def _experts(main: Function) -> tuple[ExpertInfo, ...]:
+    """Experts by layer: the router behind each row of the result `experts`."""
+    returned = dict(zip(main.result_names, main.returned, strict=True))
+    if "experts" not in returned:
+        return ()
+    concat = returned["experts"].op
+    rows = concat.operands if isinstance(concat, ops.Concat) else [returned["experts"]]
+    infos: list[ExpertInfo] = []
+    for layer, row in enumerate(rows):
+        route = _behind(row)
+        if route is not None:
+            infos.append(ExpertInfo(layer, cast(int, route.logits.shape[-1]), route.k))
+    return tuple(infos)
+
+
+def _behind(value: Value) -> ops.Route | None:
+    """The router whose choice a value is, through conditionals and reshapes.
+
+    A state of the layer below is reached only through a router of this layer, so the first one
+    met, breadth first, is the right one.
+    """
+    pending, seen = deque([value]), set[Value]()
+    while pending:
+        value = pending.popleft()
+        op = value.op
+        if op is None or value in seen:
+            continue
+        seen.add(value)
+        if isinstance(op, ops.Route):
+            return op
+        if isinstance(op, ops.If):
+            at = op.results.index(value)
+            pending += [arm.terminator.operands[at] for arm in op.regions.values()]
+        else:
+            pending += [operand for operand in op.operands if operand.dtype == value.dtype]
+    return None
+
+
+def _place(op: Op, of_layer: dict[int, list[int]]) -> tuple[int | None, str]:
+    """The gate and the arm in which an op stands; the gate is None outside."""
+    block: Block | None = op.parent
+    while block is not None and isinstance(block.parent, Op):
+        holder = block.parent
+        if isinstance(holder, ops.If):
+            gate = gate_of(holder.label, of_layer)
+            if gate is not None:
+                arm = "then" if holder.then is block else "otherwise"
+                return gate, arm
+        block = holder.parent
+    return None, ""
+
+
+def gate_of(label: str, of_layer: dict[int, list[int]]) -> int | None:
+    """The gate behind a conditional labelled `layer3`, `layer3/attn` or `layer3/ffn`."""
+    name, _, part = label.partition("/")
+    number = name.removeprefix("layer")
+    if not number.isdigit() or part not in ("", "attn", "ffn"):
+        return None
+    gates = of_layer.get(int(number), [])
+    return None if not gates else gates[-1] if part == "ffn" else gates[0]
+
+
+def _read_bytes(user: Op, weight: Value) -> int:
+    """Bytes of `weight` that one token reads in `user`: one row, its k experts, or all."""
+    total = weight.dtype.bytes
+    for size in sizes(weight.shape):
+        total *= size
+    if isinstance(user, ops.Embed):
+        return total // cast(int, weight.shape[0])
+    if isinstance(user, ops.MapExperts | ops.GroupedExperts) and weight not in (
+        user.x,
+        user.index,
+        user.weight,
+    ):
+        experts, k = cast(int, weight.shape[0]), cast(int, user.index.shape[-1])
+        return total * min(k, experts) // experts
+    return total
+
+
+def total_bytes(types: Iterable[TensorType]) -> int:
+    """Bytes of tensors of these types."""
+    result = 0
+    for type in types:
+        size = type.dtype.bytes
+        for dim in sizes(type.shape):
+            size *= dim
+        result += size
+    return result

@@ -1,0 +1,201 @@
+"""What can be compiled: a checkpoint directory, or a module in memory."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol, cast
+
+from liquidc.errors import CheckpointError, ConfigError, InputError
+from liquidc.ir.core import Module
+from liquidc.ir.weights import WeightSource
+from liquidc.records import canonical
+
+if TYPE_CHECKING:
+    import torch
+
+COPIED = ("config.json", "generation_config.json", "tokenizer.json")
+"""Files of a model that become part of the engine, where they exist."""
+
+
+class ModelInput(Protocol):
+    """A model to compile.
+
+    Attributes:
+        type: its `model_type`, or the name of its class.
+        origin: the directory that it came from, for the build log.
+    """
+
+    type: str
+    origin: Path | None
+
+    @property
+    def sha256(self) -> str:
+        """Hash of config and weights; reads all of them the first time."""
+        ...
+
+    @property
+    def weights(self) -> WeightSource:
+        """Where the module's weights are read from."""
+        ...
+
+    def check(self) -> None:
+        """Find out what is wrong without reading a weight.
+
+        Raises:
+            InputError: the model can't be compiled.
+        """
+        ...
+
+    def trace(self) -> Module:
+        """The IR."""
+        ...
+
+    def files(self) -> dict[str, bytes]:
+        """The files to copy, by name."""
+        ...
+
+
+class DirectoryInput:
+    """A checkpoint directory: config.json, safetensors, tokenizer.json.
+
+    Raises:
+        InputError: it is no directory, or its config can't be read.
+    """
+
+    def __init__(self, path: Path) -> None:
+        from liquidc.frontend.checkpoint import CheckpointSource
+
+        if not path.is_dir():
+            what = "not a directory" if path.exists() else "no such directory"
+            raise InputError(f"{path}: {what}; give the directory with config.json and weights")
+        self.origin: Path | None = path.resolve()
+        self._path = path
+        self.type = _model_type(path / "config.json")
+        self._source = CheckpointSource(path)
+
+    @property
+    def sha256(self) -> str:
+        """See `ModelInput`."""
+        return self._source.sha256
+
+    @property
+    def weights(self) -> WeightSource:
+        """See `ModelInput`."""
+        return self._source
+
+    def check(self) -> None:
+        """See `ModelInput`."""
+        from liquidc.frontend.config import LiquidConfig
+
+        LiquidConfig.from_file(self._path / "config.json")
+
+    def trace(self) -> Module:
+        """See `ModelInput`."""
+        from liquidc.frontend.trace import trace_directory
+
+        return trace_directory(self._path)
+
+    def files(self) -> dict[str, bytes]:
+        """See `ModelInput`."""
+        found = {name: self._path / name for name in COPIED if (self._path / name).exists()}
+        if "tokenizer.json" in found:
+            from liquidc.tokenizer import Tokenizer
+
+            Tokenizer(found["tokenizer.json"])
+        return {name: path.read_bytes() for name, path in found.items()}
+
+
+class ModuleInput:
+    """A module in memory that follows `liquidc.frontend.protocol`.
+
+    Args:
+        module: the model.
+        files: contents of tokenizer.json and others, by name.
+    """
+
+    def __init__(self, module: torch.nn.Module, files: Mapping[str, bytes] | None = None) -> None:
+        self.origin: Path | None = None
+        self._module = module
+        self._files = dict(files or {})
+        config: Any = getattr(module, "config", None)
+        self._config: dict[str, Any] = config.to_dict() if hasattr(config, "to_dict") else {}
+        self.type = str(self._config.get("model_type", type(module).__name__))
+        self._tensors = dict(module.state_dict())
+
+    @property
+    def sha256(self) -> str:
+        """See `ModelInput`."""
+        digest = hashlib.sha256(canonical({"type": self.type, "config": self._config}))
+        for name, tensor in sorted(self._tensors.items()):
+            digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
+            digest.update(_bytes_of(tensor))
+        return digest.hexdigest()
+
+    @property
+    def weights(self) -> WeightSource:
+        """See `ModelInput`."""
+        return self
+
+    def read_rows(self, name: str, start: int, stop: int) -> torch.Tensor:
+        """Rows of a parameter or buffer; a scalar counts as one row."""
+        tensor = self._tensors[name].detach().cpu()
+        return (tensor if tensor.dim() else tensor.reshape(1))[start:stop]
+
+    def check(self) -> None:
+        """See `ModelInput`.
+
+        Raises:
+            CheckpointError: a weight is not finite.
+        """
+        for name, tensor in self._tensors.items():
+            if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
+                raise CheckpointError(f"the weight {name} holds NaN or infinity")
+
+    def trace(self) -> Module:
+        """See `ModelInput`."""
+        from liquidc.frontend.trace import trace
+
+        module = trace(self._module)
+        for key, attribute in (
+            ("max_positions", "max_position_embeddings"),
+            ("vocab_size", "vocab_size"),
+        ):
+            if type(self._config.get(attribute)) is int:
+                module.attributes.setdefault(key, self._config[attribute])
+        return module
+
+    def files(self) -> dict[str, bytes]:
+        """See `ModelInput`."""
+        given = dict(self._files)
+        if self._config:
+            given.setdefault("config.json", canonical(self._config))
+        if unknown := sorted(given.keys() - set(COPIED)):
+            raise InputError(f"{unknown[0]} is not part of an engine; known: {', '.join(COPIED)}")
+        return given
+
+
+def _model_type(path: Path) -> str:
+    """The `model_type` of a config.json.
+
+    Raises:
+        ConfigError: it can't be read.
+    """
+    try:
+        config: Any = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        raise ConfigError(f"{path}: missing; a model directory has a config.json") from None
+    except (ValueError, RecursionError) as error:
+        raise ConfigError(f"{path}: not valid JSON ({error})") from None
+    if not isinstance(config, dict):
+        raise ConfigError(f"{path}: must be a JSON object")
+    return str(cast(dict[str, Any], config).get("model_type", ""))
+
+
+def _bytes_of(tensor: torch.Tensor) -> Any:
+    import torch
+
+    flat = tensor.detach().cpu().contiguous().reshape(-1)
+    return flat.view(torch.uint8).numpy()

@@ -1,0 +1,138 @@
+"""Which passes run, in which order, with which options: `fold-constants,quantize{bits=4}`."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from liquidc.errors import InputError, InternalError, IRError
+from liquidc.ir import Module, verify
+from liquidc.ir.rewriter import Statistics
+from liquidc.passes.registry import PASSES, Pass
+
+_PASS = re.compile(r"(?P<name>[a-z][a-z0-9-]*)(?:\{(?P<options>[^{}]*)\})?")
+
+
+@dataclass(frozen=True, slots=True)
+class PassPlan:
+    """One pass that will run.
+
+    Attributes:
+        name: of the pass.
+        instance: the pass with its options.
+    """
+
+    name: str
+    instance: Pass
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """All options, defaults included."""
+        return dataclasses.asdict(self.instance)
+
+    @property
+    def text(self) -> str:
+        """As on the command line, without options that have their defaults."""
+        changed = [
+            f"{f.name}={getattr(self.instance, f.name)}"
+            for f in dataclasses.fields(self.instance)
+            if getattr(self.instance, f.name) != f.default
+        ]
+        return self.name + (f"{{{','.join(changed)}}}" if changed else "")
+
+
+def split_passes(text: str) -> tuple[str, ...]:
+    """`a,b{x=1,y=2}` as its parts."""
+    parts = re.split(r",(?![^{]*\})", text)
+    return tuple(part.strip() for part in parts if part.strip())
+
+
+def plan_passes(texts: Sequence[str], without: Sequence[str]) -> tuple[PassPlan, ...]:
+    """The passes that `texts` name, except those in `without`.
+
+    Raises:
+        InputError: an unknown pass or option, or a value of another type.
+    """
+    for name in without:
+        _find(name)
+    return tuple(plan for text in texts if (plan := _parse(text)).name not in without)
+
+
+def _parse(text: str) -> PassPlan:
+    match = _PASS.fullmatch(text)
+    if match is None:
+        raise InputError(f"{text!r} is not a pass; write name or name{{option=value}}")
+    kind = _find(match["name"])
+    options: dict[str, Any] = {}
+    fields = {f.name: f for f in dataclasses.fields(kind)}
+    for pair in filter(None, (match["options"] or "").split(",")):
+        key, _, value = (part.strip() for part in pair.partition("="))
+        if key not in fields:
+            known = ", ".join(fields) or "none"
+            raise InputError(f"the pass {match['name']} has no option {key!r}; it has {known}")
+        options[key] = _option(match["name"], key, value, str(fields[key].type))
+    try:
+        return PassPlan(match["name"], kind(**options))
+    except ValueError as error:
+        raise InputError(f"the pass {match['name']}: {error}") from None
+
+
+def _find(name: str) -> type[Pass]:
+    if name not in PASSES:
+        raise InputError(f"no pass {name!r}; there are {', '.join(sorted(PASSES))}")
+    return PASSES[name]
+
+
+def _option(name: str, key: str, value: str, kind: str) -> Any:
+    try:
+        if kind == "bool":
+            return {"true": True, "1": True, "false": False, "0": False}[value.lower()]
+        return {"int": int, "float": float, "str": str}[kind](value)
+    except (ValueError, KeyError):
+        raise InputError(f"the pass {name}: {key} must be of type {kind}, not {value!r}") from None
+
+
+def describe_passes() -> list[tuple[str, str]]:
+    """Name and first line of the documentation of every pass."""
+    return [
+        (name, (kind.__doc__ or "").strip().partition("\n")[0])
+        for name, kind in sorted(PASSES.items())
+    ]
+
+
+def run_passes(
+    module: Module,
+    plan: Sequence[PassPlan],
+    statistics: Statistics,
+    *,
+    verify_each: bool = False,
+    after: Callable[[str, Module], None] | None = None,
+) -> Module:
+    """Run passes over a copy of `module`.
+
+    Args:
+        module: stays as it is.
+        plan: the passes, in order.
+        statistics: counts the rules' firings.
+        verify_each: check the IR after every pass.
+        after: called with the name and the module after each pass.
+
+    Raises:
+        InternalError: a pass broke the IR; names the passes that had run.
+    """
+    module = module.clone()
+    ran: list[str] = []
+    for step in plan:
+        step.instance.run(module, statistics)
+        ran.append(step.name)
+        if verify_each:
+            try:
+                verify(module)
+            except IRError as error:
+                raise InternalError(f"invalid IR after {' → '.join(ran)}: {error}") from None
+        if after is not None:
+            after(step.name, module)
+    return module

@@ -1,0 +1,362 @@
+"""From a model to an engine: one loop runs every stage of every target.
+
+    trace → passes → the stages that the backend declares → manifest, hashes, rename
+
+Each stage turns one artefact into the next. `dump` writes what each returned; `start` reads one
+back and goes on from there.
+"""
+
+from __future__ import annotations
+
+import datetime
+import platform
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+from liquidc import facts
+from liquidc.backends.base import Backend, Stage, StageContext
+from liquidc.backends.registry import get_backend
+from liquidc.engine import EngineWriter, sha256_file, writing
+from liquidc.errors import InputError, TargetUnavailable
+from liquidc.inputs import DirectoryInput, ModelInput, ModuleInput
+from liquidc.ir import Module, parse_module, print_module
+from liquidc.ir.rewriter import Statistics
+from liquidc.manifest import SCHEMA, Manifest, PassInfo
+from liquidc.measure import measured
+from liquidc.passplan import PassPlan, plan_passes, run_passes
+from liquidc.records import canonical
+from liquidc.version import __version__
+
+if TYPE_CHECKING:
+    import torch
+
+IR_SUFFIX = ".ir"
+
+
+@dataclass(frozen=True, slots=True)
+class CompileOptions:
+    """How to compile.
+
+    Attributes:
+        target: name of the backend.
+        passes: names instead of the target's own, in order, with options as `name{key=value}`.
+        without: names of passes to leave out.
+        verify_each: check the IR after every pass.
+        dump: directory that gets each stage's artefact.
+        start: stage whose artefact is read from a file instead of being computed.
+        force: replace an engine that is there.
+    """
+
+    target: str = "onnxruntime"
+    passes: tuple[str, ...] | None = None
+    without: tuple[str, ...] = ()
+    verify_each: bool = False
+    dump: Path | None = None
+    start: tuple[str, Path] | None = None
+    force: bool = False
+
+
+class Progress(Protocol):
+    """Told what a compile is doing."""
+
+    def stage(self, name: str, total: int) -> None:
+        """A stage begins; `total` bytes of weights will be written, 0 if none."""
+        ...
+
+    def advance(self, amount: int) -> None:
+        """So many bytes more were written."""
+        ...
+
+    def done(self, name: str, seconds: float) -> None:
+        """The stage is over."""
+        ...
+
+
+class Silent:
+    """Progress that nobody sees."""
+
+    def stage(self, name: str, total: int) -> None:
+        """Nothing."""
+
+    def advance(self, amount: int) -> None:
+        """Nothing."""
+
+    def done(self, name: str, seconds: float) -> None:
+        """Nothing."""
+
+
+@dataclass(frozen=True, slots=True)
+class StageTime:
+    """What one stage took."""
+
+    name: str
+    seconds: float
+    peak_rss_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Compiled:
+    """A finished compile.
+
+    Attributes:
+        engine: the directory.
+        manifest: what it says.
+        stages: what each stage took, in order.
+        statistics: what the passes' rules did.
+    """
+
+    engine: Path
+    manifest: Manifest
+    stages: tuple[StageTime, ...]
+    statistics: Statistics
+
+    @property
+    def seconds(self) -> float:
+        """Time of all stages together."""
+        return sum(stage.seconds for stage in self.stages)
+
+    @property
+    def peak_rss_bytes(self) -> int:
+        """Largest resident memory over all stages."""
+        return max(stage.peak_rss_bytes for stage in self.stages)
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What a compile will do.
+
+    Attributes:
+        backend: the target.
+        passes: the passes that run, in order.
+        stages: all stages, the two that every target has in front.
+    """
+
+    backend: Backend
+    passes: tuple[PassPlan, ...]
+    stages: tuple[str, ...]
+
+
+def make_plan(options: CompileOptions) -> Plan:
+    """What `options` mean.
+
+    Raises:
+        InputError: an unknown target, pass or stage, or a stage that can't be started from.
+        TargetUnavailable: the target can't be built here.
+    """
+    backend = get_backend(options.target)
+    passes = plan_passes(options.passes or backend.pipeline, options.without)
+    stages = ("trace", "passes", *(stage.name for stage in backend.stages))
+    if options.start is not None:
+        name = options.start[0]
+        loads = {stage.name: stage.load is not None for stage in backend.stages}
+        if name not in stages:
+            raise InputError(f"no stage {name!r}; {backend.name} has {', '.join(stages)}")
+        if not loads.get(name, True):
+            raise InputError(f"the stage {name} can't be started from: its artefact has no file")
+        if not options.start[1].is_file():
+            raise InputError(f"{options.start[1]}: no such file to start from")
+    reason = backend.availability()
+    if reason is not None:
+        raise TargetUnavailable(f"the target {backend.name} can't be built here: {reason}")
+    return Plan(backend, passes, stages)
+
+
+def open_model(model: str | Path | torch.nn.Module) -> ModelInput:
+    """A checkpoint directory or a module, checked without reading weights.
+
+    Raises:
+        InputError: it can't be compiled.
+    """
+    opened: ModelInput
+    opened = DirectoryInput(Path(model)) if isinstance(model, str | Path) else ModuleInput(model)
+    opened.check()
+    return opened
+
+
+def compile_model(
+    model: str | Path | torch.nn.Module,
+    output: str | Path,
+    options: CompileOptions | None = None,
+    progress: Progress | None = None,
+) -> Compiled:
+    """Compile `model` into the engine directory `output`; all of it, or nothing.
+
+    Raises:
+        InputError: the model, the options or the output are wrong.
+        TargetUnavailable: the target can't be built here.
+    """
+    options = options or CompileOptions()
+    writer = EngineWriter(Path(output), force=options.force)
+    writer.check()
+    plan = make_plan(options)
+    opened = open_model(model)
+    with writer, writing(writer.output):
+        run = _Run(plan, options, opened, writer.path, progress or Silent())
+        manifest = run.everything()
+        with measured() as time:
+            log = _build_log(opened, run.times)
+            manifest = writer.commit(manifest, log)
+        run.times.append(StageTime("commit", time.seconds, time.peak_rss_bytes))
+    return Compiled(writer.output, manifest, tuple(run.times), run.statistics)
+
+
+@dataclass
+class _Run:
+    """One compile under way."""
+
+    plan: Plan
+    options: CompileOptions
+    model: ModelInput
+    directory: Path
+    progress: Progress
+    times: list[StageTime] = field(default_factory=list[StageTime])
+    statistics: Statistics = field(default_factory=Statistics)
+    dumped: int = 0
+
+    def everything(self) -> Manifest:
+        """Run all stages; returns the manifest without `files`."""
+        start = self.options.start
+        if start is not None and start[0] == "passes":
+            module = self._read(start[1])
+        elif start is not None and start[0] == "trace":
+            module = self._timed("passes", lambda: self._passes(self._read(start[1])))
+        else:
+            module = self._timed("trace", self._trace)
+            module = self._timed("passes", lambda: self._passes(module))
+        artifact = self._backend_stages(module)
+        files = self.model.files()
+        for name, data in sorted(files.items()):
+            (self.directory / name).write_bytes(data)
+        return self._timed("manifest", lambda: self._manifest(module, artifact))
+
+    def _trace(self) -> Module:
+        module = self.model.trace()
+        wanted = self.plan.backend.functions
+        kept = {name: f for name, f in module.functions.items() if name in wanted}
+        if not kept:
+            found = ", ".join(f"@{name}" for name in module.functions)
+            raise InputError(
+                f"the target {self.plan.backend.name} needs @{' or @'.join(wanted)}, "
+                f"the model has {found or 'none'}"
+            )
+        module.functions = kept
+        self._dump("trace", IR_SUFFIX, lambda path: path.write_text(print_module(module)))
+        return module
+
+    def _passes(self, module: Module) -> Module:
+        def after(name: str, changed: Module) -> None:
+            self._dump(name, IR_SUFFIX, lambda path: path.write_text(print_module(changed)))
+
+        return run_passes(
+            module,
+            self.plan.passes,
+            self.statistics,
+            verify_each=self.options.verify_each,
+            after=after,
+        )
+
+    def _read(self, path: Path) -> Module:
+        from liquidc.ir import verify
+
+        try:
+            module = parse_module(path.read_text(encoding="utf-8"), str(path))
+        except UnicodeDecodeError:
+            raise InputError(f"{path}: not UTF-8 text") from None
+        verify(module)
+        return module
+
+    def _backend_stages(self, module: Module) -> dict[str, Any]:
+        context = StageContext(self.directory, self.model.weights, self.progress.advance)
+        start = self.options.start
+        stages = list(self.plan.backend.stages)
+        names = [stage.name for stage in stages]
+        artifact: Any = module
+        if start is not None and start[0] in names:
+            at = names.index(start[0])
+            load = stages[at].load
+            if load is None:
+                raise InputError(f"the stage {start[0]} can't be started from")
+            artifact = load(start[1])
+            stages = stages[at + 1 :]
+        total = facts.total_bytes(expr.type for expr in module.weights.values())
+        for stage in stages:
+            last = stage is stages[-1]
+            given = artifact
+            artifact = self._timed(
+                stage.name,
+                lambda stage=stage, given=given: stage.run(given, context),
+                total if last else 0,
+            )
+            self._dump_stage(stage, artifact)
+        return artifact
+
+    def _manifest(self, module: Module, artifact: dict[str, Any]) -> Manifest:
+        backend = self.plan.backend
+        passes = [PassInfo(p.name, p.options) for p in self.plan.passes]
+        if self.options.start is not None:
+            stage, path = self.options.start
+            passes.insert(0, PassInfo("start-from", {"stage": stage, "sha256": sha256_file(path)}))
+        return Manifest(
+            schema=SCHEMA,
+            liquidc=__version__,
+            model=facts.model_info(module, self.model.type, self.model.sha256),
+            target=backend.target(),
+            passes=tuple(passes),
+            functions=facts.entry_points(module),
+            files={},
+            tools={"liquidc": __version__, **_frontend_tools(), **backend.tools()},
+            cost=facts.cost_info(module),
+            artifact=artifact,
+            cache=facts.cache_info(module),
+        )
+
+    def _timed(self, name: str, work: Any, total: int = 0) -> Any:
+        self.progress.stage(name, total)
+        with measured() as time:
+            result = work()
+        self.times.append(StageTime(name, time.seconds, time.peak_rss_bytes))
+        self.progress.done(name, time.seconds)
+        return result
+
+    def _dump_stage(self, stage: Stage, artifact: Any) -> None:
+        if stage.dump is not None:
+            dump = stage.dump
+            self._dump(stage.name, stage.suffix, lambda path: dump(artifact, path))
+
+    def _dump(self, name: str, suffix: str, write: Callable[[Path], object]) -> None:
+        if self.options.dump is None:
+            return
+        self.options.dump.mkdir(parents=True, exist_ok=True)
+        write(self.options.dump / f"{self.dumped:02d}-{name}{suffix}")
+        self.dumped += 1
+
+
+def _frontend_tools() -> dict[str, str]:
+    import torch
+
+    return {"torch": torch.__version__}
+
+
+def _build_log(model: ModelInput, stages: Sequence[StageTime]) -> bytes:
+    """What differs from run to run, and is therefore no part of the engine."""
+    return canonical(
+        {
+            "schema": SCHEMA,
+            "liquidc": __version__,
+            "source": None if model.origin is None else str(model.origin),
+            "host": platform.node(),
+            "finished": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+            "seconds": sum(stage.seconds for stage in stages),
+            "peak_rss_bytes": max(stage.peak_rss_bytes for stage in stages),
+            "stages": [
+                {
+                    "name": stage.name,
+                    "seconds": stage.seconds,
+                    "peak_rss_bytes": stage.peak_rss_bytes,
+                }
+                for stage in stages
+            ],
+        }
+    )

@@ -1,0 +1,105 @@
+"""Proof that skipping is real: what the gates decided against what the target's profiler saw.
+
+Both sides are integers over the same run. The gates' side sums the tokens that each gate let run;
+the trace's side sums the rows that the work behind that gate computed, as the profiler recorded
+them. Equal sums per gate mean that a skipped token cost no row of work. Experts likewise: tokens
+sent to an expert against rows that it computed.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from liquidc.backends.base import Runner, Trace
+from liquidc.runtime import Engine
+from liquidc.session import DepthControls, StepResult
+
+
+@dataclass(frozen=True, slots=True)
+class Proof:
+    """Tokens run by gate and by expert, as decided and as traced."""
+
+    gates: tuple[int, ...]
+    gates_traced: tuple[int, ...]
+    experts: dict[int, dict[int, int]]
+    experts_traced: dict[int, dict[int, int]]
+    tokens: int
+
+    @property
+    def holds(self) -> bool:
+        """True if no gate and no expert that the profiler can see did more or less than decided."""
+        return self.gates == self.gates_traced and all(
+            _nonzero(self.experts[layer]) == _nonzero(traced)
+            for layer, traced in self.experts_traced.items()
+        )
+
+    def report(self) -> dict[str, Any]:
+        """The JSON keys of the proof."""
+        layers = sorted(self.experts_traced)
+        return {
+            "layers_run_by_gates": sum(self.gates),
+            "layers_run_by_trace": sum(self.gates_traced),
+            "layers_offered": len(self.gates) * self.tokens,
+            "gates_run": list(self.gates),
+            "gates_run_traced": list(self.gates_traced),
+            "experts_run_by_routes": sum(sum(self.experts[n].values()) for n in layers),
+            "experts_run_by_trace": sum(sum(self.experts_traced[n].values()) for n in layers),
+            "experts_traced_layers": layers,
+        }
+
+
+def prove(
+    engine: Engine,
+    prompts: Sequence[Sequence[int]],
+    new_tokens: int,
+    depth: DepthControls | None = None,
+) -> Proof:
+    """Run prompts under the target's profiler, then decode, and compare.
+
+    Args:
+        engine: the engine; it is run on a second runner, the profiled one.
+        prompts: token ids; each is fed whole, then continued greedily.
+        new_tokens: decoding steps after each prompt.
+        depth: how deep to run.
+    """
+    gates = [0] * len(engine.manifest.model.gates)
+    experts: dict[int, Counter[int]] = {
+        info.layer: Counter() for info in engine.manifest.model.experts
+    }
+    context = engine.manifest.model.context
+    tokens = 0
+
+    def count(result: StepResult) -> None:
+        nonlocal tokens
+        tokens += result.gates.shape[2]
+        for gate, ran in enumerate(result.gates.sum((1, 2))):
+            gates[gate] += int(ran)
+        for layer, counter in experts.items():
+            counter.update(int(e) for e in result.experts[layer].ravel() if e >= 0)
+
+    def work(runner: Runner) -> None:
+        profiled = engine.with_runner(runner)
+        for prompt in prompts:
+            steps = new_tokens if context is None else min(new_tokens, context - len(prompt))
+            session = profiled.session(capacity=len(prompt) + steps)
+            result = session.prefill(prompt, depth=depth)
+            count(result)
+            for _ in range(steps):
+                result = session.step([int(result.logits[0, -1].argmax())], depth=depth)
+                count(result)
+
+    trace: Trace = engine.runner.profile(work)
+    return Proof(
+        tuple(gates),
+        tuple(trace.gates.get(gate, 0) for gate in range(len(gates))),
+        {layer: dict(counter) for layer, counter in experts.items()},
+        trace.experts,
+        tokens,
+    )
+
+
+def _nonzero(counts: dict[int, int]) -> dict[int, int]:
+    return {expert: count for expert, count in counts.items() if count}
