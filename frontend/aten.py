@@ -135,11 +135,6 @@ def _same(imp: Importer, node: fx.Node) -> Value:
     return imp.arg(node, 0)
 
 
-@translates("aten._assert_tensor_metadata.default")
-def _nothing(imp: Importer, node: fx.Node) -> None:
-    return None
-
-
 @translates("aten.dropout.default")
 def _dropout(imp: Importer, node: fx.Node) -> Value:
     if imp.arg(node, 2, "train"):

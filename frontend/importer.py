@@ -36,9 +36,15 @@ AnyOp = TypeVar("AnyOp", bound=Op)
 Import = Callable[["Importer", fx.Node], Any]
 """Translates one node: the node's value, or a list of values for an operator with several."""
 
+_ASSERTIONS = ("aten._assert_scalar.default", "aten._assert_tensor_metadata.default")
+"""Checks that the tracer adds for sizes and dtypes, which the verifier makes again."""
+
+_PICKS = ("<built-in function getitem>",)
+"""Operators whose traced shape may name sizes anew (results of `torch.cond`)."""
+
 _FRAME = re.compile(r'File "(?P<file>[^"]+)", line (?P<line>\d+), in \S+\n\s*(?P<code>[^\n]*)')
 _PACKAGE = Path(__file__).resolve().parent.parent
-_PLUMBING = ("protocol.py", "semantic_ops.py", "trace.py")
+_PLUMBING = ("protocol.py", "semantic_ops.py", "semantic_import.py", "trace.py")
 """Files of the frontend whose lines are never the user's."""
 
 
@@ -118,10 +124,11 @@ class Importer:
         from liquidc.frontend.aten import TABLE
         from liquidc.frontend.semantic_import import SEMANTIC
 
-        fake = node.meta.get("val")
-        if isinstance(fake, (int, torch.SymInt)) and not isinstance(fake, bool):
+        fake, name = node.meta.get("val"), str(node.target)
+        if isinstance(fake, bool | torch.SymBool) or name in _ASSERTIONS:
+            return None
+        if isinstance(fake, int | torch.SymInt):
             return self.dim(fake)
-        name = str(node.target)
         translate = TABLE.get(name) or SEMANTIC.get(name)
         if translate is None:
             raise self.unsupported(node, f"the operator {name} has no translation")
@@ -129,7 +136,7 @@ class Importer:
             result = translate(self, node)
         except ValueError as error:
             raise self.unsupported(node, f"{name}: {error}") from None
-        if isinstance(result, Value) and isinstance(fake, torch.Tensor):
+        if isinstance(result, Value) and isinstance(fake, torch.Tensor) and name not in _PICKS:
             expected = self.type_of(fake)
             if result.type != expected:
                 raise self.unsupported(node, f"{name} became {result.type}, not {expected}")
@@ -141,7 +148,7 @@ class Importer:
         """A weight of the module."""
         expr = self.module.weights[name]
         op = self.emit(ops.Weight(weight=name, result_types=[expr.type]))
-        op.y.name = name.split(".", 2)[-1] if name.startswith("model.layers.") else name
+        op.y.name = name.removeprefix("model.")
         return op.y
 
     def arg(self, node: fx.Node, index: int, name: str = "", default: Any = None) -> Any:
@@ -264,7 +271,7 @@ def source_line(node: fx.Node) -> tuple[Location, str] | None:
     frames = list(_FRAME.finditer(node.meta.get("stack_trace") or ""))
     for frame in reversed(frames):
         path = Path(frame["file"])
-        if "torch" in path.parts or path.name in _PLUMBING and path.parent.name == "frontend":
+        if frame["file"].startswith("<") or "torch" in path.parts or path.name in _PLUMBING and path.parent.name == "frontend":
             continue
         return Location(stable_path(path), int(frame["line"])), frame["code"].strip()
     return None

@@ -131,7 +131,7 @@ class _TracerBase:
         self, part: nn.Module, args: Sequence[tuple[Sequence[Dim], torch.dtype] | None]
     ) -> _Graph:
         """Trace `part` on meta tensors of the given shapes; names stand for symbols."""
-        auto = torch.export.Dim.AUTO
+        named = {dim: torch.export.Dim(dim) for dim in _SIZES}
         tensors: list[Tensor | None] = []
         dynamic: list[dict[int, Any] | None] = []
         for spec in args:
@@ -142,10 +142,10 @@ class _TracerBase:
             shape, dtype = spec
             known = [_SIZES[dim] if isinstance(dim, str) else dim for dim in shape]
             tensors.append(torch.empty(known, dtype=dtype, device="meta"))
-            dynamic.append({i: auto for i, dim in enumerate(shape) if isinstance(dim, str)})
+            dynamic.append({i: named[dim] for i, dim in enumerate(shape) if isinstance(dim, str)})
         with torch.no_grad():
             program = torch.export.export(
-                _to_meta(part), (tuple(tensors),), dynamic_shapes=(tuple(dynamic),), strict=False
+                part, (tuple(tensors),), dynamic_shapes=(tuple(dynamic),), strict=False
             )
         dims: dict[str, str] = {}
         specs = [spec for spec in args if spec is not None]
@@ -200,7 +200,7 @@ class _PlainTracer(_TracerBase):
     """A module that is only `model(input_ids) -> logits`."""
 
     def run(self) -> Module:
-        graph = self.export(_Call(self.model), [((B, T), torch.int64)])
+        graph = self.export(_Call(_to_meta(self.model)), [((B, T), torch.int64)])
         function = self.module.add(Function("prefill", [("input_ids", TensorType(I64, (B, T)))]))
         (logits,) = self.inline(function, graph, function.args, Part("model"), "", {})
         function.body.append(ops.Return([logits]))
@@ -252,12 +252,13 @@ class _Tracer(_TracerBase):
         self.prefixes = [f"{names[id(layer)]}." for layer in self.decoder.layers]
 
     def run(self) -> Module:
+        meta = cast(Decoder, _to_meta(self.model))
         self.embedding = self.export(
-            _Embed(self.decoder), [((B, T), torch.int64), ((B, T), torch.int64)]
+            _Embed(meta), [((B, T), torch.int64), ((B, T), torch.int64)]
         )
         state = next(iter(_outputs(self.embedding.program)))
         self.width, self.dtype = state.shape[-1], state.dtype
-        self.head = self.export(_Head(self.decoder), [((B, P, self.width), self.dtype)])
+        self.head = self.export(_Head(meta), [((B, P, self.width), self.dtype)])
         below = False
         self.layers: list[_LayerShape] = []
         for index, layer in enumerate(self.decoder.layers):
@@ -282,7 +283,7 @@ class _Tracer(_TracerBase):
         kv, hd = cache.shape[1], cache.shape[3]
         dtype = self.cache_dtypes[index]
         tokens, rows = ((B, T), torch.int64), ((B,), torch.int64)
-        part = _LayerCall(layer)
+        part = _LayerCall(_to_meta(layer))
         new = ((B, T, kv, hd), dtype) if below else None
         specs = [
             ((B, T, self.width), self.dtype),
@@ -299,7 +300,7 @@ class _Tracer(_TracerBase):
             new,
         ]
         graph = self.export(part, specs)
-        return _LayerShape(graph, part.gates, part.records)
+        return _LayerShape(graph, part.noted.gates, part.noted.records)
 
     def _stitch(self, name: str, bind: Mapping[str, Dim]) -> Function:
         time = bind.get(T, T)
@@ -440,14 +441,22 @@ class _Head(nn.Module):
         return (self.part.head(*args),)
 
 
+@dataclass
+class _Notes:
+    """How many gates a traced layer has, and whether it records experts, keys and values."""
+
+    gates: int = 0
+    records: tuple[bool, bool] = (False, False)
+
+
 class _LayerCall(nn.Module):
     """A layer as a function of tensors; notes how many gates it has and what it records."""
 
     def __init__(self, part: nn.Module) -> None:
         super().__init__()
         self.part = part
-        self.gates = 0
-        self.records = (False, False)
+        # An object, since torch.export takes back what forward assigns to attributes.
+        self.noted = _Notes()
 
     def forward(self, args: tuple[Any, ...]) -> tuple[Tensor, ...]:
         x, positions, valid, force, bias, min_depth, executed, key, value, length, *below = args
@@ -455,8 +464,8 @@ class _LayerCall(nn.Module):
         step.below = None if below[0] is None else (below[0], below[1])
         y, cache = self.part(x, step, LayerCache(key, value, length))
         records: list[Tensor] = [t for gate in step.gates for t in gate]
-        self.gates = len(step.gates)
-        self.records = (step.experts is not None, step.kv is not None)
+        self.noted.gates = len(step.gates)
+        self.noted.records = (step.experts is not None, step.kv is not None)
         records += [] if step.experts is None else [step.experts]
         records += [] if step.kv is None else list(step.kv)
         return (y, *cache, step.executed_after(), *records)

@@ -125,16 +125,21 @@ class Interpreter:
                 return [outputs] if isinstance(outputs, Tensor) else outputs
 
     def _map_experts(self, op: ops.MapExperts, frame: Frame) -> Tensor:
-        def body(tokens: Tensor, expert: int) -> Tensor:
-            inner = Frame(dict(frame.values), dict(frame.dims))
-            inner.values[op.body.args[0]] = tokens
-            for arg, param in zip(op.body.args[1:], op.params, strict=True):
-                inner.values[arg] = frame.values[param][expert]
-            return self._block(op.body, inner)[0]
-
+        """Every expert on every token, masked: the order of sums is that of the regions."""
         x, index, weight = (frame.values[v] for v in (op.x, op.index, op.weight))
-        count = frame.values[op.params[0]].shape[0]
-        return semantics.map_experts(x, index, weight, count, body, op.apply)
+        total: Tensor | None = None
+        for expert in range(frame.values[op.params[0]].shape[0]):
+            share = semantics.expert_weight(index, weight, expert)[..., None].to(x.dtype)
+            frame.values[op.body.args[0]] = x * share if op.apply == "input" else x
+            for arg, param in zip(op.body.args[1:], op.params, strict=True):
+                frame.values[arg] = frame.values[param][expert]
+            (y,) = self._block(op.body, frame)
+            y = y if op.apply == "input" else y * share
+            y = torch.where(semantics.expert_mask(index, expert)[..., None], y, 0.0)
+            total = torch.zeros_like(y) + y if total is None else total + y
+        if total is None:
+            raise InternalError(f"{op!r} has no experts")
+        return total
 
 
 @dataclass(slots=True)

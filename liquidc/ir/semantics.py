@@ -97,7 +97,7 @@ def route(
     if n_group > 1:
         chosen = _limit_groups(chosen, n_group, topk_group, group_score, group_fill)
     # A stable descending sort makes the lowest index win a tie; torch.topk promises no order.
-    index = torch.sort(chosen, -1, descending=True, stable=True).indices[..., :k]
+    index = torch.sort(chosen, dim=-1, descending=True, stable=True).indices[..., :k]
     weight = scores.gather(-1, index)
     match post:
         case "renorm":
@@ -122,7 +122,7 @@ def _limit_groups(
         rank = grouped.topk(min(2, grouped.shape[-1]), -1).values.sum(-1)
     else:
         rank = grouped.amax(-1)
-    best = torch.sort(rank, -1, descending=True, stable=True).indices[..., :topk_group]
+    best = torch.sort(rank, dim=-1, descending=True, stable=True).indices[..., :topk_group]
     kept = torch.zeros_like(rank, dtype=torch.bool).scatter(-1, best, True)
     fill = 0.0 if group_fill == "zero" else float("-inf")
     return grouped.masked_fill(~kept[..., None], fill).flatten(-2)
