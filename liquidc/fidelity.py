@@ -134,7 +134,7 @@ class GateMetrics:
         tau = np.array([gate.threshold for gate in self.gates])[:, None]
         distance = np.abs(p_reference.astype(np.float64) - tau)
         reserved = np.array([gate.reserved for gate in self.gates])[:, None]
-        tokens: NDArray[np.int64] = np.arange(start, start + p.shape[1])
+        tokens: NDArray[np.int64] = np.arange(start, start + p.shape[1], dtype=np.int64)
         forced = tokens[None, :] < reserved
         same = decided == decided_reference
         self.decisions += int(same.size)
@@ -201,7 +201,7 @@ class ExpertMetrics:
         self, window: int, engine: NDArray[np.int64], reference: NDArray[np.int64], start: int = 0
     ) -> None:
         """Compare the experts [L, T, k] of one window; -1 is none."""
-        both: NDArray[np.bool_] = (engine >= 0).any(-1) & (reference >= 0).any(-1)
+        both = np.asarray((engine >= 0).any(-1) & (reference >= 0).any(-1))
         k = engine.shape[-1]
         for layer, token in _where(both):
             ours = {int(e) for e in engine[layer, token] if e >= 0}
@@ -267,7 +267,7 @@ def decide(
 ) -> NDArray[np.bool_]:
     """What gates with probabilities p [G, T] decide for tokens from `start` on, unforced."""
     decided = np.zeros(p.shape, np.bool_)
-    tokens: NDArray[np.int64] = np.arange(start, start + p.shape[1])
+    tokens: NDArray[np.int64] = np.arange(start, start + p.shape[1], dtype=np.int64)
     for index, gate in enumerate(gates):
         tau = np.float32(gate.threshold)
         above = p[index] > tau if gate.compare == "gt" else p[index] >= tau
