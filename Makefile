@@ -1,0 +1,52 @@
+# `make demo` and `make test` need nothing but Python 3.11 or newer; `make help` lists the rest.
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+VENV ?= .venv
+BIN := $(VENV)/bin
+ENGINE ?= build/tiny-engine
+SAMPLE := samples/tiny-liquid
+PROMPT ?= The with statement
+JOBS ?= 2
+export TORCH_CPP_LOG_LEVEL = ERROR
+
+.PHONY: help demo test test-slow lint format bench train-sample clean
+
+help: ## this list
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## */\t/' | expand -t 16
+
+$(VENV)/installed: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "error: Python 3.11 or newer is needed, $(PYTHON) is older: make PYTHON=/path/to/python3.11" >&2; exit 2; }
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade --constraint constraints.txt pip setuptools
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch==2.13.0
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	@touch $@
+
+demo: $(VENV)/installed ## compile the sample, generate text, verify the engine
+	$(BIN)/liquidc compile $(SAMPLE) --output $(ENGINE) --target onnxruntime --force
+	$(BIN)/liquidc run $(ENGINE) --prompt "$(PROMPT)" --max-new-tokens 96 --show-depth
+	$(BIN)/liquidc verify $(ENGINE)
+
+test: $(VENV)/installed ## the fast tests
+	$(BIN)/python -m pytest -n $(JOBS) -q
+
+test-slow: $(VENV)/installed ## the long tests too
+	$(BIN)/python -m pytest -n $(JOBS) -q -m 'not gpu'
+
+lint: $(VENV)/installed ## ruff and pyright
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/pyright
+
+format: $(VENV)/installed ## let ruff rewrite the code
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+bench: $(VENV)/installed ## how decode time follows the layers that run
+	$(BIN)/python bench/decode_depth.py
+
+train-sample: $(VENV)/installed ## train samples/tiny-liquid anew (25 minutes)
+	$(BIN)/python samples/train_tiny.py
+
+clean: ## remove the virtual environment and what was built
+	rm -rf $(VENV) build

@@ -1,0 +1,1 @@
+"""Triton kernels, one module per family. There is none yet: the engines so far run on CPU."""
