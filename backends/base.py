@@ -162,7 +162,8 @@ class Backend(ABC):
     Attributes:
         name: as in `--target`.
         functions: the IR functions that it compiles; others are dropped before the passes.
-        pipeline: names of the passes that it runs, in order, with options as in `--passes`.
+        pipeline: names of the passes that it runs, in order, with options as in `--passes`; None
+            for the default of `liquidc.passes.registry`.
         stages: from the module after the passes to the engine's files.
         summary: one line for `liquidc targets`.
     """
@@ -170,7 +171,7 @@ class Backend(ABC):
     name: str
     summary: str
     functions: tuple[str, ...]
-    pipeline: tuple[str, ...]
+    pipeline: tuple[str, ...] | None = None
     stages: tuple[Stage, ...]
 
     @abstractmethod

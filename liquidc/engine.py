@@ -14,7 +14,7 @@ import os
 import shutil
 import stat
 from collections.abc import Generator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
@@ -67,7 +67,7 @@ class EngineWriter:
     """Writes one engine: `with EngineWriter(output) as w:` fill `w.path`, then `w.commit(…)`.
 
     Args:
-        output: the engine directory to be; its parent must exist.
+        output: the engine directory to be; directories above it are made, and unmade on failure.
         force: replace an engine that is there.
 
     Raises:
@@ -83,6 +83,7 @@ class EngineWriter:
         self._partial_log = self._log.with_name(self._log.name + PARTIAL)
         self._lock: int | None = None
         self._committed = False
+        self._made: list[Path] = []
         self._signals = Interruptible()
 
     def check(self) -> None:
@@ -91,11 +92,11 @@ class EngineWriter:
         Raises:
             InputError: it can't; nothing was changed.
         """
-        parent = self.output.parent
+        parent = next(path for path in self.output.parents if os.path.lexists(path))
         if self.output.name.endswith((PARTIAL, REPLACED)) or not self.output.name:
             raise InputError(f"{self.output}: not a name for an engine; choose another")
         if not parent.is_dir():
-            raise InputError(f"{parent}: no such directory; create it first")
+            raise InputError(f"{parent}: not a directory; write elsewhere")
         if os.path.lexists(self.output):
             if not self.force:
                 raise InputError(f"{self.output}: exists already; --force replaces it")
@@ -132,6 +133,10 @@ class EngineWriter:
             self.check()
 
     def _create(self) -> None:
+        for parent in reversed(self.output.parents):
+            if not parent.exists():
+                parent.mkdir()
+                self._made.append(parent)
         if self.path.exists():
             self._lock = _lock(self.path)
             left = os.listdir(self.path)
@@ -195,6 +200,10 @@ class EngineWriter:
                 shutil.rmtree(self.path, ignore_errors=True)
                 self._partial_log.unlink(missing_ok=True)
             self._unlock()
+        if not self._committed:
+            for parent in reversed(self._made):
+                with suppress(OSError):
+                    parent.rmdir()
         self._signals.__exit__(kind, error, trace)
 
     def _unlock(self) -> None:

@@ -4,8 +4,9 @@ Everything is accumulated window by window, so memory does not grow with the tex
 
 * `logits_max_rel` = max |engine - reference| / max |reference|, over all positions.
 * `kl_nats` = mean over positions of KL(reference || engine), in nats.
-* `gate_agreement` = equal decisions / decisions, counted outside the tie band: gates whose p is
-  within twice the measured max |Δp| (at most 1e-4) of their threshold may fall either way.
+* `gate_agreement` = equal decisions / decisions, counted outside the tie band: a gate whose p is,
+  on both sides, within twice the measured max |Δp| (at most 1e-4) of its threshold may fall
+  either way.
 * `expert_overlap` = mean over (layer, token) that both ran of |A ∩ B| / k.
 * `bits_per_byte` = -log2 of the probability of the text, per byte of it.
 """
@@ -132,7 +133,7 @@ class GateMetrics:
         delta = np.abs(p.astype(np.float64) - p_reference)
         self.max_delta = max(self.max_delta, float(delta.max()))
         tau = np.array([gate.threshold for gate in self.gates])[:, None]
-        distance = np.abs(p_reference.astype(np.float64) - tau)
+        distance = np.maximum(np.abs(p.astype(np.float64) - tau), np.abs(p_reference - tau))
         reserved = np.array([gate.reserved for gate in self.gates])[:, None]
         tokens: NDArray[np.int64] = np.arange(start, start + p.shape[1], dtype=np.int64)
         forced = tokens[None, :] < reserved

@@ -25,6 +25,7 @@ from liquidc.ir import Module, parse_module, print_module
 from liquidc.ir.rewriter import Statistics
 from liquidc.manifest import SCHEMA, Manifest, PassInfo
 from liquidc.measure import measured
+from liquidc.passes.registry import DEFAULT_PIPELINE
 from liquidc.passplan import PassPlan, plan_passes, run_passes
 from liquidc.records import canonical
 from liquidc.version import __version__
@@ -146,7 +147,7 @@ def make_plan(options: CompileOptions) -> Plan:
         TargetUnavailable: the target can't be built here.
     """
     backend = get_backend(options.target)
-    passes = plan_passes(options.passes or backend.pipeline, options.without)
+    passes = plan_passes(_pass_names(options, backend), options.without)
     stages = ("trace", "passes", *(stage.name for stage in backend.stages))
     if options.start is not None:
         name = options.start[0]
@@ -161,6 +162,12 @@ def make_plan(options: CompileOptions) -> Plan:
     if reason is not None:
         raise TargetUnavailable(f"the target {backend.name} can't be built here: {reason}")
     return Plan(backend, passes, stages)
+
+
+def _pass_names(options: CompileOptions, backend: Backend) -> tuple[str, ...]:
+    if options.passes is not None:
+        return options.passes
+    return DEFAULT_PIPELINE if backend.pipeline is None else backend.pipeline
 
 
 def open_model(model: str | Path | torch.nn.Module) -> ModelInput:

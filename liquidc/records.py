@@ -87,7 +87,8 @@ def _read_record(kind: type[Any], value: Any, where: str) -> Any:
     if unknown := sorted(items.keys() - fields.keys()):
         raise ValueError(f"{prefix}{unknown[0]} is not a known field")
     for name, field in fields.items():
-        if name not in items and field.default is dataclasses.MISSING:
+        optional = (field.default, field.default_factory) != (dataclasses.MISSING,) * 2
+        if name not in items and not optional:
             raise ValueError(f"{prefix}{name} is missing")
     return kind(**{name: _read(hints[name], items[name], f"{prefix}{name}") for name in items})
 

@@ -70,17 +70,6 @@ class NullBackend(Backend):
     name = "null"
     summary = "IR text run by the interpreter: slow, exact, needs no device"
     functions = ("prefill", "decode")
-    pipeline = (
-        "fold-constants",
-        "eliminate-common",
-        "stack-experts",
-        "group-experts",
-        "fuse-linear",
-        "hoist-common",
-        "compact-tokens",
-        "specialize-decode",
-        "eliminate-dead",
-    )
     stages = (
         Stage("link", ".ir", link, dump_module, load_module),
         Stage("engine", "", write_engine),

@@ -193,7 +193,7 @@ def test_ragged_rows_keep_their_own_lengths(engine: Engine) -> None:
 
 
 def test_sessions_refuse_what_does_not_fit(engine: Engine) -> None:
-    with pytest.raises(InputError, match="33 tokens asked for; .* at most the context"):
+    with pytest.raises(InputError, match=r"33 tokens asked for; .* at most the context"):
         engine.session(capacity=CONTEXT + 1)
     with pytest.raises(InputError, match="batch must be 1 or more"):
         engine.session(batch=0)
