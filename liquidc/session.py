@@ -188,7 +188,7 @@ class Session:
         batch, count = tokens.shape
         gates = len(self._manifest.model.gates)
         index = (
-            np.broadcast_to(np.arange(count, dtype=np.int64), (batch, count))
+            np.tile(np.arange(count, dtype=np.int64), (batch, 1))
             if every
             else np.maximum(lengths - 1, 0)[:, None]
         )
@@ -197,7 +197,7 @@ class Session:
             "input_ids": np.ascontiguousarray(tokens),
             "lengths": lengths,
             "position_start": self.lengths.copy(),
-            "logit_index": np.ascontiguousarray(index),
+            "logit_index": index,
             "gate_force": np.array(force, np.int8),
             "gate_bias": np.full(batch, d.gate_bias, np.float32),
             "min_depth": np.full(batch, d.min_depth, np.int64),
