@@ -329,7 +329,7 @@ _ACCESSORS: dict[str, Callable[[str], property]] = {
 }
 
 
-_AnyOp = TypeVar("_AnyOp", bound=Op)
+AnyOp = TypeVar("AnyOp", bound=Op)
 
 
 class Block:
@@ -340,7 +340,7 @@ class Block:
         self.args = [Value(t, name, self) for name, t in args]
         self.ops: list[Op] = []
 
-    def append(self, op: _AnyOp, *names: str) -> _AnyOp:
+    def append(self, op: AnyOp, *names: str) -> AnyOp:
         """Add `op` at the end; `names` are hints for its results."""
         op.parent = self
         self.ops.append(op)
@@ -348,7 +348,7 @@ class Block:
             value.name = name
         return op
 
-    def insert_before(self, anchor: Op, op: _AnyOp) -> _AnyOp:
+    def insert_before(self, anchor: Op, op: AnyOp) -> AnyOp:
         """Add `op` right before `anchor`."""
         op.parent = self
         self.ops.insert(self.ops.index(anchor), op)

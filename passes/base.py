@@ -1,0 +1,52 @@
+"""What a pass is: a name, a contract, options, the stage facts that it needs and gives."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+from liquidc.errors import InputError, InternalError
+from liquidc.ir import Module, ops
+from liquidc.ir.rewriter import Statistics
+
+
+def _no_expert_regions(module: Module) -> bool:
+    return not any(isinstance(op, ops.If) and "/expert" in op.label for op in module.walk())
+
+
+FACTS: dict[str, Callable[[Module], bool]] = {"no-expert-regions": _no_expert_regions}
+"""Facts about a module that a pass can require or ensure."""
+
+
+@dataclass(frozen=True)
+class Pass:
+    """A transformation of a module; the fields of a subclass are its command-line options.
+
+    `contract` says how results may change: not by a bit (`bitwise`), or by floating-point sums in
+    another order (`reassociates`); decisions and integers never change.
+    """
+
+    name: ClassVar[str]
+    contract: ClassVar[Literal["bitwise", "reassociates"]]
+    requires: ClassVar[tuple[str, ...]] = ()
+    ensures: ClassVar[tuple[str, ...]] = ()
+
+    def run(self, module: Module, statistics: Statistics) -> None:
+        """Transform `module` in place.
+
+        Raises:
+            InputError: a fact that the pass requires does not hold.
+            InternalError: the pass did not keep its word.
+        """
+        for fact in self.requires:
+            if not FACTS[fact](module):
+                raise InputError(f"the pass {self.name} needs {fact}: run another pass before it")
+        self.apply(module, statistics)
+        for fact in self.ensures:
+            if not FACTS[fact](module):
+                raise InternalError(f"the pass {self.name} did not establish {fact}")
+
+    def apply(self, module: Module, statistics: Statistics) -> None:
+        """What the pass does."""
+        raise NotImplementedError

@@ -1,0 +1,43 @@
+"""All passes by name, and the order in which a target without wishes of its own runs them."""
+
+from __future__ import annotations
+
+from liquidc.passes.base import Pass
+from liquidc.passes.compact_tokens import CompactTokens
+from liquidc.passes.eliminate_common import EliminateCommon
+from liquidc.passes.eliminate_dead import EliminateDead
+from liquidc.passes.fold_constants import FoldConstants
+from liquidc.passes.fuse_linear import FuseLinear
+from liquidc.passes.group_experts import GroupExperts
+from liquidc.passes.hoist_common import HoistCommon
+from liquidc.passes.specialize_decode import SpecializeDecode
+from liquidc.passes.stack_experts import StackExperts
+
+PASSES: dict[str, type[Pass]] = {
+    kind.name: kind
+    for kind in (
+        CompactTokens,
+        EliminateCommon,
+        EliminateDead,
+        FoldConstants,
+        FuseLinear,
+        GroupExperts,
+        HoistCommon,
+        SpecializeDecode,
+        StackExperts,
+    )
+}
+
+DEFAULT_PIPELINE = (
+    "fold-constants",
+    "eliminate-common",
+    "hoist-common",
+    "stack-experts",
+    "group-experts",
+    "fuse-linear",
+    "specialize-decode",
+    "compact-tokens",
+    "fold-constants",
+    "eliminate-common",
+    "eliminate-dead",
+)
