@@ -76,9 +76,9 @@ class ModelInfo:
     type: str
     layers: int
     vocabulary: int
-    context: int | None
     gates: tuple[GateInfo, ...]
     experts: tuple[ExpertInfo, ...]
+    context: int | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -87,7 +87,8 @@ def explain(error: BaseException) -> tuple[int, str]:
     if isinstance(error, click.exceptions.Exit):
         return error.exit_code, ""
     if isinstance(error, KeyboardInterrupt | click.Abort):
-        signum = getattr(error, "signum", signal.SIGINT)
+        cause = error.__cause__ if isinstance(error, click.Abort) else error
+        signum = getattr(cause, "signum", signal.SIGINT)
         return 128 + int(signum), "interrupted"
     if isinstance(error, click.UsageError):
         hint = f"; try '{error.ctx.command_path} --help'" if error.ctx is not None else ""

@@ -293,7 +293,7 @@ def test_a_disk_that_fills_up(
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(weights_file, "evaluate", full)
-    with pytest.raises(InputError, match="No space left on device.*nothing was written"):
+    with pytest.raises(InputError, match=r"No space left on device.*nothing was written"):
         compile_model(model_directory, tmp_path / "engine", NULL)
     assert names(tmp_path) == []
 
@@ -333,17 +333,17 @@ def test_interrupting_a_compile_leaves_nothing(
         cli.main(["compile", {str(model_directory)!r}, "-o", {str(tmp_path / "engine")!r},
                   "--target", "null"])
     """
-    process = subprocess.Popen(
+    with subprocess.Popen(
         [sys.executable, "-c", textwrap.dedent(script)],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-    )
-    assert process.stdout is not None
-    assert process.stdout.readline() == "now\n"
-    assert names(tmp_path) == ["engine.partial"]
-    process.send_signal(number)
-    _, errors = process.communicate(timeout=30)
+    ) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "now\n"
+        assert names(tmp_path) == ["engine.partial"]
+        process.send_signal(number)
+        _, errors = process.communicate(timeout=30)
     assert process.returncode == 128 + number
     assert errors.splitlines()[-1] == "error: interrupted"
     assert names(tmp_path) == []

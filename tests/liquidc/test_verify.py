@@ -195,7 +195,7 @@ def test_held_out_files(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="not UTF-8"):
         read_held_out(text, engine)
     text.write_text("abc")
-    with pytest.raises(InputError, match="no tokenizer; give a .json list"):
+    with pytest.raises(InputError, match=r"no tokenizer; give a \.json list"):
         read_held_out(text, engine)
 
 
