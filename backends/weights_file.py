@@ -60,9 +60,9 @@ def write_weights(
         for name, expr in weights.items():
             file.write(b"\0" * (offsets[name] - file.tell()))
             for block in evaluate(expr, source):
-                data = memoryview(block.reshape(-1).view(torch.uint8).numpy())
+                data: Any = block.reshape(-1).view(torch.uint8).numpy()
                 file.write(data)
-                advance(len(data))
+                advance(data.nbytes)
     return offsets
 
 

@@ -73,11 +73,9 @@ def bench(
     rows: dict[tuple[str, int], _Row] = {}
     for level in levels:
         name = _name(level)
-        rows["decode", level] = _Row(
-            f"decode, {name}", f"batch 1, 1 token, {options.cached} cached", [], []
-        )
+        rows["decode", level] = _Row(f"decode, {name}", f"1 token, {options.cached} cached", [], [])
         if prompt:
-            rows["prefill", level] = _Row(f"prefill, {name}", f"batch 1, {prompt} tokens", [], [])
+            rows["prefill", level] = _Row(f"prefill, {name}", f"{prompt} tokens", [], [])
     for turn in range(-1, options.turns):
         report("turns", max(turn, 0), options.turns)
         for level, depth in levels.items():
@@ -158,7 +156,7 @@ def _fits(engine: Engine, options: BenchOptions) -> int:
 
 
 def _name(level: int) -> str:
-    return f"{level} % of gates on"
+    return f"{level} % on"
 
 
 def _decode(

@@ -91,6 +91,7 @@ class DirectoryInput:
         from liquidc.frontend.config import LiquidConfig
 
         LiquidConfig.from_file(self._path / "config.json")
+        self.files()
 
     def trace(self) -> Module:
         """See `ModelInput`."""

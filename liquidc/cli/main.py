@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import importlib
+import io
 import os
 import signal
 import sys
@@ -59,7 +60,8 @@ class LazyGroup(click.Group):
         try:
             code: int | None = super().main(given, *rest, **extra)
             sys.stdout.flush()
-        except BrokenPipeError:
+        except (BrokenPipeError, SystemExit):
+            # click itself leaves by SystemExit when, and only when, the pipe is broken
             _silence_stdout()
             code = 128 + signal.SIGPIPE
         except (Exception, KeyboardInterrupt) as error:
@@ -132,6 +134,9 @@ def cli(ctx: click.Context, traceback: bool) -> None:
 
 def main() -> None:
     """Entry point of the console script."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
     cli.main()
 
 

@@ -51,13 +51,13 @@ def emit_error(message: str, code: int, *, as_json: bool) -> None:
 
 
 def console(*, stderr: bool = False) -> Console:
-    """A rich console; plain and without a fixed width when the output is no terminal."""
+    """A rich console; plain and wide when the output is no terminal."""
     from rich.console import Console
 
     stream = sys.stderr if stderr else sys.stdout
     terminal = stream.isatty()
     return Console(
-        file=stream, width=None if terminal else 120, highlight=False, soft_wrap=not terminal
+        file=stream, width=None if terminal else 200, highlight=False, soft_wrap=not terminal
     )
 
 

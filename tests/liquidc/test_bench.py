@@ -29,7 +29,7 @@ def test_rows(engine: Engine) -> None:
     result = bench(engine, SMALL)
     names = [row["name"] for row in result["rows"]]
     assert names == [
-        f"{kind}, {level} % of gates on" for level in (100, 50, 0) for kind in ("decode", "prefill")
+        f"{kind}, {level} % on" for level in (100, 50, 0) for kind in ("decode", "prefill")
     ]
     for row in result["rows"]:
         assert row["ms_min"] <= row["ms_low"] <= row["ms_median"] <= row["ms_high"]
