@@ -41,9 +41,7 @@ class Attention(nn.Module):
         """[B, T, H, hd] -> [B, T, D]."""
         return self.o_proj(mixed.flatten(-2))
 
-    def _rotated(
-        self, x: Tensor, norm: nn.RMSNorm | None, heads: int, positions: Tensor
-    ) -> Tensor:
+    def _rotated(self, x: Tensor, norm: nn.RMSNorm | None, heads: int, positions: Tensor) -> Tensor:
         full = norm is not None and norm.weight.shape[0] == x.shape[-1] and heads > 1
         if norm is not None and full:
             x = F.rms_norm(x, (x.shape[-1],), norm.weight, self.eps)

@@ -47,9 +47,7 @@ class Fields:
         unknown = sorted(set(self._data) - self._read)
         if unknown:
             names = ", ".join(self._prefix + name for name in unknown)
-            raise ConfigError(
-                f"unknown field {names}; known here: {', '.join(sorted(self._read))}"
-            )
+            raise ConfigError(f"unknown field {names}; known here: {', '.join(sorted(self._read))}")
 
     def get(self, name: str, default: Any = _MISSING) -> Any:
         """The raw value."""
@@ -110,7 +108,11 @@ class Fields:
     ) -> float:
         """A finite number in [least, most], (above, below)."""
         value = self.get(name, default)
-        if not isinstance(value, int | float) or isinstance(value, bool) or not math.isfinite(value):
+        if (
+            not isinstance(value, int | float)
+            or isinstance(value, bool)
+            or not math.isfinite(value)
+        ):
             self.refuse(name, "a finite number")
         if not (least <= value <= most and above < value < below):
             bounds = {"at least": least, "at most": most, "above": above, "below": below}

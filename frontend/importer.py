@@ -205,7 +205,9 @@ class Importer:
 
     def scalar(self, value: float | bool, dtype: DType) -> Value:
         """A constant without dimensions."""
-        number = float(value) if dtype.is_float else bool(value) if dtype == DType.BOOL else int(value)
+        number = (
+            float(value) if dtype.is_float else bool(value) if dtype == DType.BOOL else int(value)
+        )
         return self.emit(ops.Constant(value=(number,), result_types=[TensorType(dtype)])).y
 
     def constant_tensor(self, tensor: torch.Tensor) -> Value:
@@ -221,7 +223,9 @@ class Importer:
         if tensor.numel() > 4096:
             raise UnsupportedError(f"a constant of {tensor.numel()} elements must be a buffer")
         type = TensorType(DTYPES[tensor.dtype], tuple(tensor.shape))
-        return self.emit(ops.Constant(value=tuple(tensor.flatten().tolist()), result_types=[type])).y
+        return self.emit(
+            ops.Constant(value=tuple(tensor.flatten().tolist()), result_types=[type])
+        ).y
 
     def cast(self, value: Value, dtype: DType) -> Value:
         """`value` in the element type."""
@@ -263,7 +267,10 @@ class Importer:
 
 def count_conditionals(graph: fx.GraphModule) -> int:
     """How many `torch.cond` stand at the top of a graph."""
-    return sum("cond" == getattr(node.target, "name", None) or str(node.target) == "cond" for node in graph.graph.nodes)
+    return sum(
+        "cond" == getattr(node.target, "name", None) or str(node.target) == "cond"
+        for node in graph.graph.nodes
+    )
 
 
 def source_line(node: fx.Node) -> tuple[Location, str] | None:
@@ -271,7 +278,11 @@ def source_line(node: fx.Node) -> tuple[Location, str] | None:
     frames = list(_FRAME.finditer(node.meta.get("stack_trace") or ""))
     for frame in reversed(frames):
         path = Path(frame["file"])
-        if frame["file"].startswith("<") or "torch" in path.parts or path.name in _PLUMBING and path.parent.name == "frontend":
+        if (
+            frame["file"].startswith("<")
+            or "torch" in path.parts
+            or (path.name in _PLUMBING and path.parent.name == "frontend")
+        ):
             continue
         return Location(stable_path(path), int(frame["line"])), frame["code"].strip()
     return None

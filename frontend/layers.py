@@ -112,7 +112,9 @@ class Layer(nn.Module):
             t["beta"] = 1 - p
         return t
 
-    def _ask(self, router: DepthRouter, u: Tensor, step: Step) -> tuple[Tensor, Tensor, Tensor | None]:
+    def _ask(
+        self, router: DepthRouter, u: Tensor, step: Step
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
         gate = self.gate
         score = router(u)
         mask, p = step.depth_gate(
@@ -143,14 +145,14 @@ class Layer(nn.Module):
         else:
             visible = written if self.drops else None
             mixed = protocol.attend_sequence(q, k, v, visible, attn.scale)
-        a = attn.output(mixed)
-        scaled = _times(t.get("alpha_a"), a)
+        a, target = attn.output(mixed), self.gate.scale_target
+        if target == "both":
+            a = _times(t.get("alpha_a"), a)
         if self.gates_attention:
-            a, scaled = (keep(t["mask_a"], value, t["p_a"]) for value in (a, scaled))
-        target = self.gate.scale_target
-        out["h"] = t["x"] + (scaled if target == "both" else a)
+            a = keep(t["mask_a"], a, t["p_a"])
+        out["h"] = t["x"] + a
         if target == "delta" and "alpha_a" in t:
-            out["base"] = t["x"] + scaled
+            out["base"] = t["x"] + _times(t["alpha_a"], a)
         return out
 
     def _skip_attention(self, t: Tensors) -> Tensors:
@@ -213,7 +215,7 @@ class Layer(nn.Module):
 
 
 def _times(scale: Tensor | None, x: Tensor) -> Tensor:
-    """scale f32[B, T] times x [B, T, D]; None is 1."""
+    """Scale f32[B, T] times x [B, T, D]; None is 1."""
     return x if scale is None else x * scale.unsqueeze(-1).to(x.dtype)
 
 

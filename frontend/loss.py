@@ -102,9 +102,7 @@ def depth_cost(config: LiquidConfig, steps: list[Step]) -> Tensor:
     for index, step in enumerate(steps):
         cost = layer_cost(config, index, context)
         full += cost.full
-        runs = [
-            (straight_through(mask, p) * valid).sum() / valid.sum() for mask, p in step.gates
-        ]
+        runs = [(straight_through(mask, p) * valid).sum() / valid.sum() for mask, p in step.gates]
         one = torch.ones_like(paid)
         attention = runs[0] if runs and scope != "ffn" else one
         ffn = runs[-1] if runs and scope != "attn" else one

@@ -74,9 +74,7 @@ def _dispatch(imp: Importer, node: fx.Node) -> Value:
         share = inner.emit(ops.ExpertWeight(index, weight, expert=expert), node).y
         share = inner.cast(inner.reshape(share, (*share.shape, 1)), x.dtype)
         inputs = inner.emit(ops.Mul(x, share), node).y if apply == "input" else x
-        weights = [
-            value if isinstance(value, Value) else inner.weight(value) for value in selected
-        ]
+        weights = [value if isinstance(value, Value) else inner.weight(value) for value in selected]
         y = _inline(inner, body, [inputs, *weights])
         y = y if apply == "input" else inner.emit(ops.Mul(y, share), node).y
         seen = inner.reshape(used, (*used.shape, 1))
@@ -179,4 +177,3 @@ SEMANTIC: dict[str, Import] = {
     "liquid.dispatch.default": _dispatch,
 }
 """Translations by the operator's name."""
-

@@ -186,7 +186,8 @@ def dispatch(
         return torch.zeros_like(x)
     token = order // slots
     factor = weight.reshape(-1)[order].unsqueeze(-1).to(x.dtype)
-    rows = flat[token] * factor if apply == "input" else flat[token]
+    rows = flat.index_select(0, token)
+    rows = rows * factor if apply == "input" else rows
     parts = [
         body(part, *mine)
         for part, mine in zip(rows.split(counts[1:]), params, strict=True)

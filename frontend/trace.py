@@ -16,11 +16,11 @@ from typing import Any, Protocol, cast, runtime_checkable
 import torch
 from torch import Tensor, nn
 
-from liquidc.errors import UnsupportedError
 from liquidc.frontend.importer import DTYPES, Importer, Part, count_conditionals
 from liquidc.frontend.protocol import LayerCache, Step
 from liquidc.ir import Dim, DType, Function, Module, TensorType, Value, ops, verify
-from liquidc.ir.weights import Stored, cast as cast_weight
+from liquidc.ir.weights import Stored
+from liquidc.ir.weights import cast as cast_weight
 
 B, T, S, P = "B", "T", "S", "P"
 _SIZES = {B: 3, T: 5, S: 7, P: 2}
@@ -253,9 +253,7 @@ class _Tracer(_TracerBase):
 
     def run(self) -> Module:
         meta = cast(Decoder, _to_meta(self.model))
-        self.embedding = self.export(
-            _Embed(meta), [((B, T), torch.int64), ((B, T), torch.int64)]
-        )
+        self.embedding = self.export(_Embed(meta), [((B, T), torch.int64), ((B, T), torch.int64)])
         state = next(iter(_outputs(self.embedding.program)))
         self.width, self.dtype = state.shape[-1], state.dtype
         self.head = self.export(_Head(meta), [((B, P, self.width), self.dtype)])
@@ -319,7 +317,12 @@ class _Tracer(_TracerBase):
         imp = Importer(self.module, function.body, {}, Part(name))
         positions, valid = self._positions(imp, function, time)
         (x,) = self.inline(
-            function, self.embedding, [function.arg("input_ids"), positions], Part("embed"), "", bind
+            function,
+            self.embedding,
+            [function.arg("input_ids"), positions],
+            Part("embed"),
+            "",
+            bind,
         )
         state = _State(x, imp.fill(0, TensorType(I64, (B, time))))
         first = 0
@@ -374,9 +377,7 @@ class _Tracer(_TracerBase):
             *state.below,
         ]
         part = Part(f"layer{index}", layer=index, gate=first, remaining=count - index)
-        out = iter(
-            self.inline(function, shape.graph, inputs, part, self.prefixes[index], bind)
-        )
+        out = iter(self.inline(function, shape.graph, inputs, part, self.prefixes[index], bind))
         state.x, key, value, length, state.executed = (next(out) for _ in range(5))
         state.x.name = f"x{index + 1}"
         state.caches += [key, value]
@@ -394,9 +395,7 @@ class _Tracer(_TracerBase):
         results = {"logits": logits}
 
         def stacked(values: Sequence[Value]) -> Value:
-            return imp.emit(
-                ops.Concat([imp.reshape(v, (1, *v.shape)) for v in values], dim=0)
-            ).y
+            return imp.emit(ops.Concat([imp.reshape(v, (1, *v.shape)) for v in values], dim=0)).y
 
         if gates:
             results["gates"] = stacked(state.gates)

@@ -133,7 +133,9 @@ class FoldOperation(Rule):
         """The computed constant."""
         rw.check(bool(op.operands) and not op.terminator and not op.regions, "nothing to compute")
         rw.check(len(op.results) == 1, "several results")
-        inputs = [rw.need(value.op, ops.Constant, "an operand is not constant") for value in op.operands]
+        inputs = [
+            rw.need(value.op, ops.Constant, "an operand is not constant") for value in op.operands
+        ]
         shape = op.results[0].shape
         rw.check(all(isinstance(size, int) for size in shape), "a size is not known")
         count = 1
@@ -203,5 +205,3 @@ def declare(module: Module, rw: Rewriter, name: str, expr: lazy.WeightExpr) -> V
         free = f"{name}.{number}"
     module.weights[free] = expr
     return rw.emit(ops.Weight(weight=free, result_types=[expr.type])).y
-
-

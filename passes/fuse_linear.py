@@ -93,9 +93,7 @@ def _routers(module: Module) -> list[Op]:
     """The `linear` ops on the way from a layer's state to a decision."""
     found: list[Op] = []
     seen: set[int] = set()
-    pending = [
-        op.operands[0] for op in module.walk() if isinstance(op, ops.DepthGate | ops.Route)
-    ]
+    pending = [op.operands[0] for op in module.walk() if isinstance(op, ops.DepthGate | ops.Route)]
     while pending:
         op = pending.pop().op
         if op is None or id(op) in seen or op.regions:

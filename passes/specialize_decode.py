@@ -84,9 +84,7 @@ def bound(type: TensorType, bind: Mapping[str, Dim]) -> TensorType:
 def _bound_dim(dim: Any, bind: Mapping[str, Dim]) -> Any:
     if not isinstance(dim, str) or not dim_names([dim]) & set(bind):
         return dim
-    return product(
-        int(part) if part.isdigit() else bind.get(part, part) for part in dim.split("*")
-    )
+    return product(int(part) if part.isdigit() else bind.get(part, part) for part in dim.split("*"))
 
 
 def _copy_block(

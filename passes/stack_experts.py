@@ -92,7 +92,12 @@ def _stack(module: Module, block: Block, first: ops.If) -> None:
     body = _body(rw, head, params)
     op = rw.emit(
         ops.MapExperts(
-            head.x, head.index, head.weight, [p.stacked for p in params], apply=head.apply, body=body
+            head.x,
+            head.index,
+            head.weight,
+            [p.stacked for p in params],
+            apply=head.apply,
+            body=body,
         )
     )
     last = chain[-1].op
@@ -129,10 +134,7 @@ def _take_apart(op: ops.If, rw: Rewriter) -> _Region:
     share = rw.need(share, ops.ExpertWeight, "no weight of the expert is applied")
     body = _between(y, inside, x)
     if x is None:
-        outside = {
-            v for b in body for v in b.operands
-            if v.op is None or id(v.op) not in inside
-        }
+        outside = {v for b in body for v in b.operands if v.op is None or id(v.op) not in inside}
         tokens = [v for v in outside if not isinstance(v.op, ops.Weight)]
         rw.check(len(tokens) == 1, "the body reads more than the tokens and its weights")
         x = tokens[0]

@@ -38,7 +38,7 @@ def print_function(function: Function) -> list[str]:
 
 def print_op(op: Op) -> str:
     """One op for messages: nested blocks as `{...}`, values by their name hints."""
-    return _head(op, _Names(strict=False)) + "".join(f" {{...}}" for _ in op.regions)
+    return _head(op, _Names(strict=False)) + "".join(" {...}" for _ in op.regions)
 
 
 class _Names:

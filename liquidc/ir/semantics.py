@@ -14,14 +14,23 @@ Tensor = torch.Tensor
 
 
 def rope(x: Tensor, positions: Tensor, theta: float) -> Tensor:
-    """Rotate x [..., H, hd] by `positions` [...], half rotation; angles in float32 (or float64)."""
-    half = x.shape[-1] // 2
-    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
-    steps = torch.arange(half, dtype=dtype, device=x.device)
-    angle = positions.to(dtype)[..., None, None] * theta ** (-steps / half)
-    cos, sin = angle.cos().to(x.dtype), angle.sin().to(x.dtype)
-    first, second = x[..., :half], x[..., half:]
-    return torch.cat([first * cos - second * sin, second * cos + first * sin], -1)
+    """Rotary embedding (Su et al. 2021) of x [..., H, hd] at positions i64[...], half rotation.
+
+    Component i < hd/2 is rotated with component i + hd/2 by `position · theta^(-2i/hd)`; angle,
+    sine and cosine are float32 (float64 where x is).
+    """
+    wide = x if x.dtype == torch.float64 else x.to(torch.float32)
+    rates = rope_rates(theta, x.shape[-1] // 2, wide.dtype).to(x.device)
+    angle = positions.unsqueeze(-1) * rates
+    cos, sin = angle.cos().unsqueeze(-2), angle.sin().unsqueeze(-2)
+    first, second = wide.chunk(2, dim=-1)
+    turned = torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
+    return turned.to(x.dtype)
+
+
+def rope_rates(theta: float, half: int, dtype: torch.dtype) -> Tensor:
+    """The angle of each pair of components at position 1, [half]: theta^(-i / half)."""
+    return torch.tensor([theta ** (-i / half) for i in range(half)], dtype=dtype)
 
 
 def depth_gate(
@@ -58,7 +67,7 @@ def append(cache: Tensor, new: Tensor, length: Tensor, mask: Tensor) -> Tensor:
 
 
 def attend(q: Tensor, key: Tensor, value: Tensor, limit: Tensor, scale: float) -> Tensor:
-    """q [B, T, H, hd] over slots j < limit[b, t] of key, value [B, KV, S, hd]; 0 without any."""
+    """Q [B, T, H, hd] over slots j < limit[b, t] of key, value [B, KV, S, hd]; 0 without any."""
     groups = q.shape[2] // key.shape[1]
     key, value = (x.repeat_interleave(groups, 1) for x in (key, value))
     visible = torch.arange(key.shape[2], device=q.device) < limit[:, None, :, None]
@@ -175,7 +184,7 @@ def map_experts(
 
 
 def take_tokens(x: Tensor, index: Tensor) -> Tensor:
-    """x [B, T, ...] at `index` [B, P]: [B, P, ...]."""
+    """X [B, T, ...] at `index` [B, P]: [B, P, ...]."""
     return x[torch.arange(x.shape[0], device=x.device)[:, None], index]
 
 

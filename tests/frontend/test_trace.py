@@ -10,8 +10,8 @@ import torch
 
 from liquidc.frontend.config import LiquidConfig
 from liquidc.frontend.model import LiquidForCausalLM
-from liquidc.frontend.trace import fingerprint, trace
-from liquidc.ir import Module, ops, parse_module, print_module, verify
+from liquidc.frontend.trace import trace
+from liquidc.ir import Module, parse_module, print_module, verify
 from liquidc.ir.interpreter import Interpreter
 from tests.oracle.drive import Arrays, drive
 from tests.oracle.grid import Case, edge_cases, grid

@@ -40,6 +40,7 @@ from liquidc.ir.ops.nn import (
     Softmax,
 )
 from liquidc.ir.ops.tensor import (
+    GELU,
     Add,
     And,
     Any,
@@ -52,7 +53,6 @@ from liquidc.ir.ops.tensor import (
     Div,
     Eq,
     Exp,
-    GELU,
     Gather,
     Ge,
     Gt,
@@ -68,12 +68,12 @@ from liquidc.ir.ops.tensor import (
     Neg,
     Not,
     Or,
-    ReLU,
     Reduce,
+    ReLU,
     Reshape,
     Rsqrt,
-    SiLU,
     Sigmoid,
+    SiLU,
     Slice,
     Sqrt,
     Sub,
@@ -85,6 +85,7 @@ from liquidc.ir.ops.tensor import (
 )
 
 __all__ = [
+    "GELU",
     "Add",
     "And",
     "Any",
@@ -106,7 +107,6 @@ __all__ = [
     "Exp",
     "ExpertMask",
     "ExpertWeight",
-    "GELU",
     "Gather",
     "GatherRows",
     "Ge",

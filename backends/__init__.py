@@ -1,0 +1,1 @@
+"""From the IR to engine directories, one folder per target."""

@@ -1,0 +1,1 @@
+"""The CPU target: one ONNX model, run by ONNX Runtime."""

@@ -1,0 +1,96 @@
+"""Declares the ONNX Runtime target: `lower` makes the graph, `engine` writes it and its weights."""
+
+from __future__ import annotations
+
+import importlib.metadata as metadata
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from liquidc.backends.base import Backend, Runner, RunnerOptions, Stage, StageContext
+from liquidc.backends.weights_file import NAME, write_weights
+from liquidc.ir import Module
+
+if TYPE_CHECKING:
+    from liquidc.backends.onnxruntime.emit import Lowered
+    from liquidc.manifest import Manifest
+
+MODEL = "model.onnx"
+OPSETS = "ai.onnx 24, com.microsoft 1"
+
+
+def lower_module(module: Module, context: StageContext) -> Lowered:
+    """IR to ONNX, weights still lazy."""
+    from liquidc.backends.onnxruntime.emit import lower
+
+    del context
+    return lower(module)
+
+
+def dump_lowered(lowered: Lowered, path: Path) -> None:
+    """Write the graph alone."""
+    path.write_bytes(lowered.model.SerializeToString(deterministic=True))
+
+
+def write_engine(lowered: Lowered, context: StageContext) -> dict[str, Any]:
+    """Write weights.bin, then model.onnx that points into it."""
+    from liquidc.backends.onnxruntime.emit import place
+
+    path = context.directory / NAME
+    offsets = write_weights(path, lowered.weights, context.source, context.advance)
+    model = place(lowered, NAME, offsets)
+    (context.directory / MODEL).write_bytes(model.SerializeToString(deterministic=True))
+    return {"model": MODEL, "weights": len(offsets), "nodes": len(model.graph.node)}
+
+
+def _version(name: str) -> str | None:
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+class OnnxRuntimeBackend(Backend):
+    """ONNX Runtime on the CPU."""
+
+    name = "onnxruntime"
+    summary = "one ONNX graph with a conditional for each gated layer, for ONNX Runtime on CPU"
+    functions = ("prefill",)
+    stages = (
+        Stage("lower", ".onnx", lower_module, dump_lowered),
+        Stage("engine", "", write_engine),
+    )
+
+    def availability(self) -> str | None:
+        """Needs exactly one of the two packages, in the version that was measured."""
+        cpu, gpu = _version("onnxruntime"), _version("onnxruntime-gpu")
+        if cpu and gpu:
+            return "onnxruntime and onnxruntime-gpu overwrite one another: uninstall one of them"
+        if not cpu and not gpu:
+            return "onnxruntime is not installed: pip install 'liquidc[cpu]'"
+        if (cpu or gpu or "").split(".")[:2] < ["1", "32"]:
+            return f"onnxruntime {cpu or gpu} is older than 1.32: pip install 'liquidc[cpu]'"
+        return None
+
+    def target(self) -> dict[str, str]:
+        """The operator sets, and the oldest ONNX Runtime that has them."""
+        return {"name": self.name, "opsets": OPSETS, "onnxruntime": ">=1.32", "provider": "cpu"}
+
+    def refuses(self, target: Mapping[str, str]) -> str | None:
+        """Other operator sets, or no ONNX Runtime here."""
+        if target.get("opsets") != OPSETS:
+            return f"it needs {target.get('opsets')}, this liquidc runs {OPSETS}"
+        return self.availability()
+
+    def tools(self) -> dict[str, str]:
+        """What writes the graph."""
+        return {"onnx": metadata.version("onnx")}
+
+    def runner(self, engine: Path, manifest: Manifest, options: RunnerOptions) -> Runner:
+        """A session with the cache bound in place."""
+        from liquidc.backends.onnxruntime.runner import OrtRunner
+
+        return OrtRunner(engine, manifest, options)
+
+
+BACKEND = OnnxRuntimeBackend()

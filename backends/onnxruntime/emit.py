@@ -1,0 +1,150 @@
+"""@prefill as one ONNX graph, which serves prefill and decode; the weights lie beside it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import onnx
+from onnx import external_data_helper, helper
+
+from liquidc.backends.onnxruntime import emit_cache, emit_nn, emit_route, emit_tensor
+from liquidc.backends.onnxruntime.graph import (
+    CONTRIB,
+    ELEMENT,
+    IR_VERSION,
+    OPSET,
+    Graph,
+    Shared,
+)
+from liquidc.errors import UnsupportedError
+from liquidc.ir import Block, Function, Module, Op, TensorType, Value, ops
+from liquidc.ir.types import dim_names
+from liquidc.ir.weights import WeightExpr, sizes
+
+EMIT = emit_tensor.EMIT | emit_nn.EMIT | emit_route.EMIT | emit_cache.EMIT
+
+
+@dataclass(frozen=True)
+class Lowered:
+    """An ONNX model without its weights, and the weights that it names, in the order stored."""
+
+    model: onnx.ModelProto
+    weights: Mapping[str, WeightExpr]
+
+
+def lower(module: Module) -> Lowered:
+    """The function @prefill of a module.
+
+    Raises:
+        UnsupportedError: an op has no lowering; names it and the line of the model.
+    """
+    function = module.functions["prefill"]
+    shared = Shared(module)
+    graph = Graph(shared)
+    inputs = [_info(arg.name, arg.type) for arg in function.args]
+    for arg in function.args:
+        graph.names[arg] = arg.name
+    _sizes(graph, function)
+    graph.wanted = _wanted(function)
+    _block(graph, function.body)
+    outputs = [
+        _output(graph, name, value)
+        for name, value in zip(function.result_names, function.returned, strict=True)
+    ]
+    weights = [_external(name, expr) for name, expr in shared.weights.items()]
+    proto = helper.make_graph(
+        graph.nodes, module.name, inputs, outputs, [*shared.initializers, *weights]
+    )
+    model = helper.make_model(
+        proto,
+        opset_imports=[helper.make_opsetid("", OPSET), helper.make_opsetid(CONTRIB, 1)],
+        ir_version=IR_VERSION,
+        producer_name="liquidc",
+    )
+    return Lowered(model, dict(shared.weights))
+
+
+def place(lowered: Lowered, file: str, offsets: Mapping[str, int]) -> onnx.ModelProto:
+    """The model whose weights are at `offsets` of `file`."""
+    model = onnx.ModelProto()
+    model.CopyFrom(lowered.model)
+    for tensor in model.graph.initializer:
+        if tensor.name in lowered.weights:
+            expr = lowered.weights[tensor.name]
+            length = expr.type.dtype.bytes
+            for size in sizes(expr.type.shape):
+                length *= size
+            external_data_helper.set_external_data(
+                tensor, file, offset=offsets[tensor.name], length=length
+            )
+            tensor.ClearField("raw_data")
+    return model
+
+
+def _external(name: str, expr: WeightExpr) -> onnx.TensorProto:
+    tensor = onnx.TensorProto(name=name, data_type=ELEMENT[expr.type.dtype])
+    tensor.dims.extend(sizes(expr.type.shape))
+    return tensor
+
+
+def _info(name: str, type: TensorType) -> onnx.ValueInfoProto:
+    return helper.make_tensor_value_info(name, ELEMENT[type.dtype], list(type.shape))
+
+
+def _sizes(graph: Graph, function: Function) -> None:
+    """Where each named dimension's size is read: from the first input that has it."""
+    for arg in function.args:
+        for axis, dim in enumerate(arg.shape):
+            if dim_names([dim]) and ("size", dim) not in graph.memo:
+                shape = graph.op("Shape", [arg.name], start=axis, end=axis + 1)
+                graph.memo["size", dim] = shape
+
+
+def _wanted(function: Function) -> dict[Value, str]:
+    """Names that results have from the start, so that caches need no copy."""
+    wanted: dict[Value, str] = {}
+    for name, value in zip(function.result_names, function.returned, strict=True):
+        if value.op is not None and value not in wanted:
+            wanted[value] = name
+    return wanted
+
+
+def _output(graph: Graph, name: str, value: Value) -> onnx.ValueInfoProto:
+    if graph.names.get(value) != name:
+        graph.op("Identity", [graph.name(value)], outputs=[name])
+    return _info(name, value.type)
+
+
+def _block(graph: Graph, block: Block) -> None:
+    for op in block.ops[:-1]:
+        if isinstance(op, ops.Weight):
+            continue
+        if isinstance(op, ops.If):
+            _conditional(graph, op)
+            continue
+        emit = EMIT.get(type(op))
+        if emit is None:
+            raise UnsupportedError(f"onnxruntime: no lowering of {_where(op)}")
+        for value, name in zip(op.results, emit(graph, op), strict=False):
+            graph.names[value] = name
+
+
+def _where(op: Op) -> str:
+    return f"{op.op_name} at {op.loc}" if op.loc else op.op_name
+
+
+def _conditional(graph: Graph, op: ops.If) -> None:
+    label = op.label or "if"
+    arms: list[Graph] = []
+    for block, part in ((op.then, "run"), (op.otherwise, "skip")):
+        arm = graph.arm(f"{label}/{part}")
+        _block(arm, block)
+        arm.finish([arm.name(value) for value in block.terminator.operands])
+        arms.append(arm)
+    names = [
+        graph.wanted.get(v) or graph.shared.unique(f"{label}:{i}") for i, v in enumerate(op.results)
+    ]
+    graph.conditional(graph.name(op.cond), arms[0], arms[1], len(names), outputs=names)
+    for value, name in zip(op.results, names, strict=True):
+        graph.names[value] = name

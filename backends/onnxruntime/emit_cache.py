@@ -1,0 +1,255 @@
+"""Caches, attention and compacted rows as ONNX nodes.
+
+An append and the attention over it become one GroupQueryAttention when the query's limit says just
+that; it writes in place when past and present are the same buffer. Everything else appends by
+TensorScatter and attends under a mask made from the limits.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from liquidc.backends.onnxruntime.emit_tensor import Emit
+from liquidc.backends.onnxruntime.graph import ELEMENT, Graph
+from liquidc.ir import DType, Op, Value, ops
+from liquidc.ir.weights import sizes
+
+I32 = ELEMENT[DType.I32]
+I64 = ELEMENT[DType.I64]
+Appending = ops.Append | ops.AppendRows
+
+
+def rows(g: Graph, op: ops.Rows) -> list[str]:
+    """The true places of the mask, flat."""
+    found = g.op("NonZero", [g.op("Reshape", [g.name(op.mask), g.const([-1])])])
+    y = g.op("Reshape", [found, g.const([-1])])
+    g.memo["size", op.dim] = g.op("Shape", [y])
+    return [y]
+
+
+def gather_rows(g: Graph, op: ops.GatherRows) -> list[str]:
+    """Gather over the tokens as one dimension."""
+    tail = sizes(op.x.shape[2:])
+    flat = g.op("Reshape", [g.name(op.x), g.const([-1, *tail])])
+    return [g.op("Gather", [flat, g.name(op.rows)], axis=0)]
+
+
+def scatter_rows(g: Graph, op: ops.ScatterRows) -> list[str]:
+    """ScatterND over the tokens as one dimension."""
+    tail = sizes(op.base.shape[2:])
+    flat = g.op("Reshape", [g.name(op.base), g.const([-1, *tail])])
+    places = g.op("Unsqueeze", [g.name(op.rows), g.const([1])])
+    y = g.op("ScatterND", [flat, places, g.name(op.update)])
+    return [g.op("Reshape", [y, g.shape(op.y.shape)])]
+
+
+def take_tokens(g: Graph, op: ops.TakeTokens) -> list[str]:
+    """GatherND with the row as a batch dimension."""
+    places = g.op("Unsqueeze", [g.name(op.index), g.const([2])])
+    return [g.op("GatherND", [g.name(op.x), places], batch_dims=1)]
+
+
+@dataclass(frozen=True)
+class Ragged:
+    """Masked tokens moved to the front of their batch row: [B, W, ...], W the widest row."""
+
+    rows: str
+    places: str
+    width: str
+    count: str
+
+
+def ragged(g: Graph, mask: Value) -> Ragged:
+    """Where the tokens of a mask bool[B, T] go; made once in a graph."""
+    known = g.remember(("ragged", mask))
+    if known is None:
+        name = g.name(mask)
+        whole = g.op("Cast", [name], to=I64)
+        count = g.op("ReduceSum", [whole, g.const([1])], keepdims=0)
+        found = g.op("NonZero", [name])
+        pairs = g.op("Transpose", [found], perm=[1, 0])
+        rank = g.op("CumSum", [whole, g.const(1)], exclusive=1)
+        token = g.op("Unsqueeze", [g.op("GatherND", [rank, pairs]), g.const([0])])
+        row = g.op("Slice", [found, g.const([0]), g.const([1]), g.const([0])])
+        places = g.op("Transpose", [g.op("Concat", [row, token], axis=0)], perm=[1, 0])
+        width = g.op("ReduceMax", [count, g.const([0])], keepdims=1)
+        known = Ragged(pairs, places, width, count)
+        g.memo["ragged", mask] = known
+    return known
+
+
+def pad(g: Graph, x: str, mask: Value, tail: list[int]) -> str:
+    """Compacted rows [N, ...] as [B, W, ...], zero where a row has fewer."""
+    where = ragged(g, mask)
+    shape = g.op("Concat", [g.op("Shape", [where.count]), where.width, g.const(tail)], axis=0)
+    return g.op("ScatterND", [g.op("ConstantOfShape", [shape]), where.places, x])
+
+
+def is_prefix(mask: Value) -> bool:
+    """Whether a mask only cuts off padding: `iota < lengths`."""
+    if not isinstance(mask.op, ops.Lt):
+        return False
+    offset = mask.op.a.op
+    while isinstance(offset, ops.Reshape):
+        offset = offset.x.op
+    return isinstance(offset, ops.Iota)
+
+
+def fused_with(op: Appending) -> ops.Attend | ops.AttendRows | None:
+    """The attention in the same block that reads this append and its twin, and nothing else."""
+    for user in op.y.uses:
+        if not isinstance(user, ops.Attend | ops.AttendRows) or user.parent is not op.parent:
+            continue
+        key, value = user.key.op, user.value.op
+        if not isinstance(key, Appending) or type(key) is not type(value):
+            continue
+        value = value if isinstance(value, Appending) else key
+        same = key.length is value.length and key.mask is value.mask and key.parent is value.parent
+        limit = user.limit
+        if isinstance(user, ops.AttendRows):
+            if not isinstance(key, ops.AppendRows) or user.rows is not key.rows:
+                continue
+            if not isinstance(limit.op, ops.GatherRows) or limit.op.rows is not key.rows:
+                continue
+            limit = limit.op.x
+        elif not isinstance(key, ops.Append) or not is_prefix(key.mask):
+            continue
+        if same and _counts(limit, key.length, key.mask):
+            return user
+    return None
+
+
+def _counts(limit: Value, length: Value, mask: Value) -> bool:
+    """Whether `limit` is length + cumsum(mask)."""
+    if not isinstance(limit.op, ops.Add):
+        return False
+    start, run = limit.op.a.op, limit.op.b.op
+    if isinstance(start, ops.CumSum):
+        start, run = run, start
+    while isinstance(start, ops.Reshape):
+        if start.x is length:
+            break
+        start = start.x.op
+    if not isinstance(start, ops.Reshape) or start.x is not length:
+        return False
+    counted = run.x.op if isinstance(run, ops.CumSum) else run
+    return isinstance(counted, ops.Cast) and counted.x is mask
+
+
+def append(g: Graph, op: Appending) -> list[str]:
+    """TensorScatter of the new entries, unless the attention over them does it."""
+    if fused_with(op) is not None:
+        return []
+    kv, width = sizes((op.cache.shape[1], op.cache.shape[3]))
+    new = g.name(op.new)
+    if isinstance(op, ops.AppendRows):
+        new = pad(g, new, op.mask, [kv, width])
+    elif not is_prefix(op.mask):
+        picked = g.op("GatherND", [new, ragged(g, op.mask).rows])
+        new = pad(g, picked, op.mask, [kv, width])
+    new = g.op("Transpose", [new], perm=[0, 2, 1, 3])
+    wanted = g.wanted.get(op.y)
+    outputs = [wanted] if wanted else None
+    inputs = [g.name(op.cache), new, g.name(op.length)]
+    return [g.op("TensorScatter", inputs, axis=2, outputs=outputs)]
+
+
+def attend(g: Graph, op: ops.Attend | ops.AttendRows) -> list[str]:
+    """GroupQueryAttention with its append, or Attention under a mask."""
+    key = op.key.op
+    if isinstance(key, Appending) and fused_with(key) is op:
+        return [_with_append(g, op)]
+    heads, width = sizes(op.q.shape[-2:])
+    q, limit = g.name(op.q), g.name(op.limit)
+    if isinstance(op, ops.AttendRows):
+        q = pad(g, q, op.mask, [heads, width])
+        limit = _pad_limits(g, limit, op.mask)
+    q = g.op("Transpose", [q], perm=[0, 2, 1, 3])
+    most = g.op("ReduceMax", [g.op("Reshape", [limit, g.const([-1])]), g.const([0])], keepdims=1)
+    most = g.op("Max", [most, g.const([1])])
+    bounds = [g.const([0]), most, g.const([2])]
+    keys, values = (g.op("Slice", [g.name(v), *bounds]) for v in (op.key, op.value))
+    slots = g.op("Range", [g.const(0), g.op("Squeeze", [most, g.const([0])]), g.const(1)])
+    limits = g.op("Unsqueeze", [limit, g.const([1, 3])])
+    mask = g.op("Less", [slots, limits])
+    y = g.op("Attention", [q, keys, values, mask], scale=op.scale)
+    y = g.op("Transpose", [y], perm=[0, 2, 1, 3])
+    if isinstance(op, ops.AttendRows):
+        return [g.op("GatherND", [y, ragged(g, op.mask).places])]
+    some = g.op("Unsqueeze", [g.op("Greater", [limit, g.const(0)]), g.const([2, 3])])
+    return [g.op("Where", [some, y, g.const(0.0, np.float32)])]
+
+
+def _pad_limits(g: Graph, limit: str, mask: Value) -> str:
+    where = ragged(g, mask)
+    shape = g.op("Concat", [g.op("Shape", [where.count]), where.width], axis=0)
+    zero = g.op("ConstantOfShape", [shape])
+    return g.op("ScatterND", [g.op("Cast", [zero], to=I64), where.places, limit])
+
+
+def _with_append(g: Graph, op: ops.Attend | ops.AttendRows) -> str:
+    """Both appends and the attention; names the caches after what they append to."""
+    key, value = op.key.op, op.value.op
+    if not isinstance(key, Appending) or not isinstance(value, Appending):
+        raise TypeError("no pair of appends")
+    heads, width = sizes(op.q.shape[-2:])
+    kv = sizes(key.cache.shape[1:2])[0]
+    parts = [(op.q, heads), (key.new, kv), (value.new, kv)]
+    compact = isinstance(op, ops.AttendRows)
+    inputs: list[str] = []
+    for tensor, count in parts:
+        x = g.name(tensor)
+        if compact:
+            flat = g.op("Reshape", [x, g.const([-1, count * width])])
+            inputs.append(pad(g, flat, key.mask, [count * width]))
+        else:
+            inputs.append(g.op("Reshape", [x, g.const([0, 0, count * width])]))
+    count = _count(g, key.mask)
+    start = g.op("Cast", [g.name(key.length)], to=I32)
+    last = g.op("Sub", [g.op("Add", [start, count]), g.const(1, np.int32)])
+    last = g.op("Max", [last, g.const(0, np.int32)])
+    capacity = g.op("Squeeze", [g.op("Cast", [g.size(key.cache.shape[2])], to=I32), g.const([0])])
+    inputs += [g.name(key.cache), g.name(value.cache), last, capacity, *[""] * 9, count]
+    caches = [
+        g.wanted.get(a.y) or g.shared.unique(f"{g.prefix}/{n}")
+        for a, n in ((key, "key"), (value, "value"))
+    ]
+    out = g.shared.unique(f"{g.prefix}/attention:out")
+    g.contrib(
+        "GroupQueryAttention",
+        inputs,
+        outputs=[out, *caches],
+        num_heads=heads,
+        kv_num_heads=kv,
+        scale=op.scale,
+    )
+    g.names[key.y], g.names[value.y] = caches
+    if compact:
+        y = g.op("GatherND", [out, ragged(g, key.mask).places])
+        return g.op("Reshape", [y, g.const([-1, heads, width])])
+    return g.op("Reshape", [out, g.const([0, 0, heads, width])])
+
+
+def _count(g: Graph, mask: Value) -> str:
+    """Tokens of a mask in each row, i32[B]."""
+    known = g.remember(("count", mask))
+    if known is None:
+        whole = g.op("Cast", [g.name(mask)], to=I32)
+        known = g.op("ReduceSum", [whole, g.const([1])], keepdims=0)
+        g.memo["count", mask] = known
+    return known
+
+
+EMIT: dict[type[Op], Emit] = {
+    ops.Rows: rows,
+    ops.GatherRows: gather_rows,
+    ops.ScatterRows: scatter_rows,
+    ops.TakeTokens: take_tokens,
+    ops.Append: append,
+    ops.AppendRows: append,
+    ops.Attend: attend,
+    ops.AttendRows: attend,
+}
+"""Lowerings by op class."""

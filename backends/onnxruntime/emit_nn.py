@@ -1,0 +1,80 @@
+"""The layers of a transformer as ONNX nodes."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from liquidc.backends.onnxruntime.emit_tensor import Emit
+from liquidc.backends.onnxruntime.graph import Graph
+from liquidc.ir import Op, ops
+from liquidc.ir.semantics import rope_rates
+from liquidc.ir.weights import sizes
+
+
+def _embed(g: Graph, op: ops.Embed) -> list[str]:
+    return [g.op("Gather", [g.name(op.table), g.name(op.ids)], axis=0)]
+
+
+def _linear(g: Graph, op: ops.Linear) -> list[str]:
+    """Gemm on rows: the weight keeps its layout [N, K], and a tied embedding is stored once."""
+    inputs = [g.flat(g.name(op.x), op.x.shape), g.name(op.weight)]
+    inputs += [g.name(op.bias)] if op.bias is not None else []
+    y = g.op("Gemm", inputs, transB=1)
+    return [y if op.x.type.rank == 2 else g.op("Reshape", [y, g.shape(op.y.shape)])]
+
+
+def _matmul(g: Graph, op: ops.MatMul) -> list[str]:
+    return [g.op("MatMul", [g.name(op.a), g.name(op.b)])]
+
+
+def _scale(g: Graph, op: ops.RMSNorm | ops.LayerNorm) -> str:
+    """The norm's weight; ones if it has none."""
+    if op.weight is not None:
+        return g.name(op.weight)
+    return g.const(np.ones(sizes(op.x.shape[-1:])), np.float32)
+
+
+def _rms_norm(g: Graph, op: ops.RMSNorm) -> list[str]:
+    return [g.op("RMSNormalization", [g.name(op.x), _scale(g, op)], axis=-1, epsilon=op.eps)]
+
+
+def _layer_norm(g: Graph, op: ops.LayerNorm) -> list[str]:
+    inputs = [g.name(op.x), _scale(g, op)] + ([g.name(op.bias)] if op.bias is not None else [])
+    return [g.op("LayerNormalization", inputs, axis=-1, epsilon=op.eps)]
+
+
+def _softmax(g: Graph, op: ops.Softmax) -> list[str]:
+    return [g.op("Softmax", [g.name(op.x)], axis=op.dim)]
+
+
+def _rope(g: Graph, op: ops.Rope) -> list[str]:
+    """RotaryEmbedding over all tokens as one row; angles as the model computes them."""
+    heads, width = sizes(op.x.shape[-2:])
+    cos, sin = _rope_tables(g, op.theta, width)
+    x = g.op("Reshape", [g.name(op.x), g.const([1, -1, heads * width])])
+    positions = g.op("Reshape", [g.name(op.positions), g.const([1, -1])])
+    y = g.op("RotaryEmbedding", [x, cos, sin, positions], num_heads=heads)
+    if op.x.type.rank == 3:
+        return [g.op("Reshape", [y, g.const([-1, heads, width])])]
+    return [g.op("Reshape", [y, g.shape(op.y.shape)])]
+
+
+def _rope_tables(g: Graph, theta: float, width: int) -> tuple[str, str]:
+    """Cosines and sines f32[positions, width / 2] for every position of the context."""
+    count = int(str(g.shared.module.attributes.get("max_positions", 4096)))
+    positions = torch.arange(count, dtype=torch.float32)
+    angle = positions[:, None] * rope_rates(theta, width // 2, torch.float32)
+    return g.const(angle.cos().numpy(), np.float32), g.const(angle.sin().numpy(), np.float32)
+
+
+EMIT: dict[type[Op], Emit] = {
+    ops.Embed: _embed,
+    ops.Linear: _linear,
+    ops.MatMul: _matmul,
+    ops.RMSNorm: _rms_norm,
+    ops.LayerNorm: _layer_norm,
+    ops.Softmax: _softmax,
+    ops.Rope: _rope,
+}
+"""Lowerings by op class."""

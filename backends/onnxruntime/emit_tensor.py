@@ -1,0 +1,141 @@
+"""Elementwise maths, shapes and reductions as ONNX nodes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from liquidc.backends.onnxruntime.graph import ELEMENT, NUMPY, Graph
+from liquidc.ir import DType, Op, ops
+from liquidc.ir.weights import sizes
+
+Emit = Callable[[Graph, Any], list[str]]
+"""Adds the nodes of one op; the names of its results."""
+
+
+def _same(kind: str) -> Emit:
+    """An op that is one node with the same operands."""
+    return lambda g, op: [g.op(kind, [g.name(v) for v in op.operands])]
+
+
+def _constant(g: Graph, op: ops.Constant) -> list[str]:
+    array = np.array(op.value, NUMPY[op.y.dtype]).reshape(sizes(op.y.shape))
+    return [g.const(array, NUMPY[op.y.dtype])]
+
+
+def _size(g: Graph, op: ops.Size) -> list[str]:
+    return [g.op("Squeeze", [g.size(op.dim), g.const([0])])]
+
+
+def _iota(g: Graph, op: ops.Iota) -> list[str]:
+    end = g.op("Squeeze", [g.size(op.dim), g.const([0])])
+    return [g.op("Range", [g.const(0), end, g.const(1)])]
+
+
+def _cast(g: Graph, op: ops.Cast) -> list[str]:
+    return [g.op("Cast", [g.name(op.x)], to=ELEMENT[op.to])]
+
+
+def _silu(g: Graph, op: ops.SiLU) -> list[str]:
+    """QuickGelu with alpha 1 is x · sigmoid(x)."""
+    return [g.contrib("QuickGelu", [g.name(op.x)], alpha=1.0)]
+
+
+def _gelu(g: Graph, op: ops.GELU) -> list[str]:
+    return [g.op("Gelu", [g.name(op.x)], approximate=op.approximate)]
+
+
+def _rsqrt(g: Graph, op: ops.Rsqrt) -> list[str]:
+    return [g.op("Reciprocal", [g.op("Sqrt", [g.name(op.x)])])]
+
+
+def _not_equal(g: Graph, op: ops.Ne) -> list[str]:
+    return [g.op("Not", [g.op("Equal", [g.name(op.a), g.name(op.b)])])]
+
+
+def _reshape(g: Graph, op: ops.Reshape) -> list[str]:
+    return [g.reshape(g.name(op.x), op.x.shape, op.shape)]
+
+
+def _broadcast(g: Graph, op: ops.Broadcast) -> list[str]:
+    return [g.op("Expand", [g.name(op.x), g.shape(op.shape)])]
+
+
+def _transpose(g: Graph, op: ops.Transpose) -> list[str]:
+    return [g.op("Transpose", [g.name(op.x)], perm=list(op.perm))]
+
+
+def _slice(g: Graph, op: ops.Slice) -> list[str]:
+    bounds = [g.const([v]) for v in (op.start, op.stop, op.dim)]
+    return [g.op("Slice", [g.name(op.x), *bounds])]
+
+
+def _concat(g: Graph, op: ops.Concat) -> list[str]:
+    return [g.op("Concat", [g.name(x) for x in op.xs], axis=op.dim)]
+
+
+def _gather(g: Graph, op: ops.Gather) -> list[str]:
+    return [g.op("Gather", [g.name(op.x), g.name(op.index)], axis=op.dim)]
+
+
+def _reduce(kind: str) -> Emit:
+    def emit(g: Graph, op: ops.Reduce) -> list[str]:
+        x, axes = g.name(op.x), g.const(list(op.dims))
+        if op.x.dtype != DType.BOOL:
+            return [g.op(kind, [x, axes], keepdims=int(op.keep), noop_with_empty_axes=1)]
+        small = g.op("Cast", [x], to=ELEMENT[DType.U8])
+        y = g.op(kind, [small, axes], keepdims=int(op.keep), noop_with_empty_axes=1)
+        return [g.op("Cast", [y], to=ELEMENT[DType.BOOL])]
+
+    return emit
+
+
+def _cumsum(g: Graph, op: ops.CumSum) -> list[str]:
+    return [g.op("CumSum", [g.name(op.x), g.const(op.dim)])]
+
+
+EMIT: dict[type[Op], Emit] = {
+    ops.Constant: _constant,
+    ops.Size: _size,
+    ops.Iota: _iota,
+    ops.Cast: _cast,
+    ops.SiLU: _silu,
+    ops.GELU: _gelu,
+    ops.Rsqrt: _rsqrt,
+    ops.Ne: _not_equal,
+    ops.Reshape: _reshape,
+    ops.Broadcast: _broadcast,
+    ops.Transpose: _transpose,
+    ops.Slice: _slice,
+    ops.Concat: _concat,
+    ops.Gather: _gather,
+    ops.Sum: _reduce("ReduceSum"),
+    ops.Mean: _reduce("ReduceMean"),
+    ops.Max: _reduce("ReduceMax"),
+    ops.Any: _reduce("ReduceMax"),
+    ops.CumSum: _cumsum,
+    ops.Neg: _same("Neg"),
+    ops.Exp: _same("Exp"),
+    ops.Sqrt: _same("Sqrt"),
+    ops.Tanh: _same("Tanh"),
+    ops.Sigmoid: _same("Sigmoid"),
+    ops.ReLU: _same("Relu"),
+    ops.Not: _same("Not"),
+    ops.Add: _same("Add"),
+    ops.Sub: _same("Sub"),
+    ops.Mul: _same("Mul"),
+    ops.Div: _same("Div"),
+    ops.Maximum: _same("Max"),
+    ops.Minimum: _same("Min"),
+    ops.Eq: _same("Equal"),
+    ops.Lt: _same("Less"),
+    ops.Le: _same("LessOrEqual"),
+    ops.Gt: _same("Greater"),
+    ops.Ge: _same("GreaterOrEqual"),
+    ops.And: _same("And"),
+    ops.Or: _same("Or"),
+    ops.Where: _same("Where"),
+}
+"""Lowerings by op class."""

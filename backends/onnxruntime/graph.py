@@ -1,0 +1,207 @@
+"""An ONNX graph under construction, and the graphs of its conditionals' arms."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import onnx
+from numpy.typing import NDArray
+from onnx import TensorProto, helper, numpy_helper
+
+from liquidc.errors import UnsupportedError
+from liquidc.ir import Dim, DType, Module, Value, ops
+from liquidc.ir.types import dim_names
+from liquidc.ir.weights import Select, WeightExpr
+
+OPSET = 24
+IR_VERSION = 11
+CONTRIB = "com.microsoft"
+ELEMENT: dict[DType, int] = {
+    DType.F64: TensorProto.DOUBLE,
+    DType.F32: TensorProto.FLOAT,
+    DType.F16: TensorProto.FLOAT16,
+    DType.BF16: TensorProto.BFLOAT16,
+    DType.I64: TensorProto.INT64,
+    DType.I32: TensorProto.INT32,
+    DType.I8: TensorProto.INT8,
+    DType.U8: TensorProto.UINT8,
+    DType.BOOL: TensorProto.BOOL,
+}
+NUMPY: dict[DType, Any] = {
+    DType.F64: np.float64,
+    DType.F32: np.float32,
+    DType.F16: np.float16,
+    DType.I64: np.int64,
+    DType.I32: np.int32,
+    DType.I8: np.int8,
+    DType.U8: np.uint8,
+    DType.BOOL: np.bool_,
+}
+
+
+@dataclass
+class Shared:
+    """What a graph and its arms have in common.
+
+    `weights` are stored beside the model, `constants` inside it; `counts` numbers names.
+    """
+
+    module: Module
+    weights: dict[str, WeightExpr] = field(default_factory=dict[str, WeightExpr])
+    constants: dict[Any, str] = field(default_factory=dict[Any, str])
+    initializers: list[onnx.TensorProto] = field(default_factory=list[onnx.TensorProto])
+    counts: dict[str, int] = field(default_factory=dict[str, int])
+
+    def unique(self, name: str) -> str:
+        """`name`, with a number from its second use on."""
+        count = self.counts.get(name, 0)
+        self.counts[name] = count + 1
+        return f"{name}_{count}" if count else name
+
+
+class Graph:
+    """One graph: the model's, or an arm that sees the names of the graphs around it.
+
+    Args:
+        shared: of the whole model.
+        prefix: of the names of its nodes (`layer3/run`).
+        parent: the graph around an arm.
+    """
+
+    def __init__(self, shared: Shared, prefix: str = "", parent: Graph | None = None) -> None:
+        self.shared, self.prefix, self.parent = shared, prefix, parent
+        self.nodes: list[onnx.NodeProto] = []
+        self.names: dict[Value, str] = {}
+        self.memo: dict[Any, Any] = {}
+        self.wanted: dict[Value, str] = {}
+
+    def op(
+        self,
+        kind: str,
+        inputs: Sequence[str],
+        count: int = 1,
+        *,
+        domain: str = "",
+        outputs: Sequence[str] | None = None,
+        **attributes: Any,
+    ) -> Any:
+        """Add a node; the name of its output, or a list of names."""
+        name = self.shared.unique(f"{self.prefix}/{kind}" if self.prefix else kind)
+        outs = list(outputs or [f"{name}:{i}" for i in range(count)])
+        self.nodes.append(
+            helper.make_node(kind, list(inputs), outs, name=name, domain=domain, **attributes)
+        )
+        return outs[0] if len(outs) == 1 else outs
+
+    def contrib(self, kind: str, inputs: Sequence[str], count: int = 1, **attributes: Any) -> Any:
+        """A node of the domain com.microsoft."""
+        return self.op(kind, inputs, count, domain=CONTRIB, **attributes)
+
+    def const(self, value: Any, dtype: Any = np.int64) -> str:
+        """A small constant of the model."""
+        array: NDArray[Any] = np.asarray(value, dtype)
+        key = (array.dtype.str, array.shape, array.tobytes())
+        if key not in self.shared.constants:
+            name = f"const_{len(self.shared.constants)}"
+            self.shared.constants[key] = name
+            self.shared.initializers.append(numpy_helper.from_array(array, name))
+        return self.shared.constants[key]
+
+    def weight(self, name: str) -> str:
+        """A weight of the IR module, as an initialiser beside the model."""
+        self.shared.weights.setdefault(name, self.shared.module.weights[name])
+        return name
+
+    def expert_weight(self, name: str, expert: int) -> str:
+        """One expert's part of a stacked weight, as an initialiser of its own."""
+        part = f"{name}.{expert}"
+        self.shared.weights.setdefault(part, Select(self.shared.module.weights[name], expert))
+        return part
+
+    def name(self, value: Value) -> str:
+        """The ONNX name of an IR value."""
+        graph: Graph | None = self
+        while graph is not None:
+            if value in graph.names:
+                return graph.names[value]
+            graph = graph.parent
+        if isinstance(value.op, ops.Weight):
+            return self.weight(value.op.weight)
+        raise UnsupportedError(f"onnxruntime: %{value.name} was not lowered before its use")
+
+    def remember(self, key: Any) -> Any:
+        """Something made earlier in this graph or one around it; None if nothing."""
+        graph: Graph | None = self
+        while graph is not None:
+            if key in graph.memo:
+                return graph.memo[key]
+            graph = graph.parent
+        return None
+
+    def size(self, dim: Dim) -> str:
+        """The size of a dimension, i64[1]."""
+        if isinstance(dim, int):
+            return self.const([dim])
+        known = self.remember(("size", dim))
+        if known is not None:
+            return known
+        parts = dim.split("*")
+        if len(parts) == 1:
+            raise UnsupportedError(f"onnxruntime: the size of dimension {dim} is not known")
+        factors = [self.size(int(p) if p.isdigit() else p) for p in parts]
+        total = factors[0]
+        for factor in factors[1:]:
+            total = self.op("Mul", [total, factor])
+        self.memo["size", dim] = total
+        return total
+
+    def shape(self, dims: Sequence[Dim]) -> str:
+        """A shape, i64[rank]."""
+        if not dim_names(dims):
+            return self.const(list(dims))
+        key = ("shape", tuple(dims))
+        known = self.remember(key)
+        if known is None:
+            known = self.op("Concat", [self.size(dim) for dim in dims], axis=0)
+            self.memo[key] = known
+        return known
+
+    def reshape(self, x: str, old: Sequence[Dim], new: Sequence[Dim]) -> str:
+        """Reshape, with a constant shape wherever one says it."""
+        if tuple(old) == tuple(new):
+            return x
+        same = 0
+        while same < min(len(old), len(new)) and old[same] == new[same]:
+            same += 1
+        rest = new[same:]
+        if sum(isinstance(dim, str) for dim in rest) <= 1:
+            target = [0] * same + [-1 if isinstance(dim, str) else dim for dim in rest]
+            return self.op("Reshape", [x, self.const(target)])
+        return self.op("Reshape", [x, self.shape(new)])
+
+    def flat(self, x: str, old: Sequence[Dim]) -> str:
+        """The leading dimensions of x made one: [-1, last]."""
+        return x if len(old) == 2 else self.op("Reshape", [x, self.const([-1, old[-1]])])
+
+    def arm(self, prefix: str) -> Graph:
+        """An arm of a conditional."""
+        return Graph(self.shared, prefix, self)
+
+    def conditional(self, cond: str, then: Graph, otherwise: Graph, count: int, **kw: Any) -> Any:
+        """An If over two arms that were closed by `finish`."""
+        arms = {"then_branch": then.memo["graph"], "else_branch": otherwise.memo["graph"]}
+        return self.op("If", [cond], count, **arms, **kw)
+
+    def finish(self, outputs: Sequence[str]) -> None:
+        """Close an arm: what it did not make itself, or yields twice, goes through Identity."""
+        made = {name for node in self.nodes for name in node.output}
+        outs: list[str] = []
+        for name in outputs:
+            fresh = name in made and name not in outs
+            outs.append(name if fresh else self.op("Identity", [name]))
+        infos = [onnx.ValueInfoProto(name=name) for name in outs]
+        title = self.shared.unique(self.prefix or "graph")
+        self.memo["graph"] = helper.make_graph(self.nodes, title, [], infos)

@@ -1,0 +1,248 @@
+"""Train the tiny sample on the CPU: `python samples/train_tiny.py --out samples/tiny-liquid`.
+
+A byte-level Liquid Transformer of 8 layers and 8 experts learns language and its depth gates
+together. The gates are held open at first; then the budget loss of model spec 5.5 closes them
+straight-through, under noise on their scores that fades away, and a margin term drives the
+probabilities away from the threshold, so that decisions survive quantisation.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import shutil
+import sys
+import tempfile
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+sys.path.insert(1, str(Path(__file__).resolve().parent.parent))
+
+import tiny_data
+import tiny_report
+
+from liquidc.frontend.config import DepthGateConfig, LiquidConfig, MoeConfig, TrainingConfig
+from liquidc.frontend.loss import layer_cost
+from liquidc.frontend.model import LiquidForCausalLM
+from liquidc.frontend.router import DepthRouter
+
+LENGTH = 256
+"""Tokens that a training window predicts."""
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What the training does; times are fractions of it."""
+
+    rows: int = 16
+    rate: float = 3e-3
+    warm_up: float = 0.02
+    weight_decay: float = 0.1
+    arithmetic_share: float = 0.3
+    open_until: float = 0.12
+    budget_full: float = 0.35
+    noise: float = 1.0
+    noise_until: float = 0.75
+    margin_from: float = 0.4
+    margin: float = 0.4
+    spread: float = 2.0
+    lowest_rate: float = 0.25
+    highest_rate: float = 0.85
+
+
+def gated_share(config: LiquidConfig, rate: float) -> float:
+    """C of model spec 5.5 when `rate` of the gated layers' work is executed."""
+    paid = full = 0.0
+    for layer in range(config.num_hidden_layers):
+        cost = layer_cost(config, layer, (LENGTH + 1) / 2)
+        gated = rate if config.gates_per_layer(layer) else 1.0
+        paid += cost.fixed + gated * (cost.attention + cost.ffn)
+        full += cost.full
+    return paid / full
+
+
+def tiny_config(rate: float = 0.55) -> LiquidConfig:
+    """The sample's config: layers 1 to 6 gated, and `rate` of their work as the budget."""
+    config = LiquidConfig(
+        vocab_size=256,
+        hidden_size=128,
+        num_hidden_layers=8,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=32,
+        max_position_embeddings=1024,
+        tie_word_embeddings=True,
+        depth_gate=DepthGateConfig(
+            layers=tuple(range(1, 7)), router_hidden_size=16, router_bias=True
+        ),
+        moe=MoeConfig(num_experts=8, num_experts_per_tok=2, moe_intermediate_size=128),
+    )
+    budget = TrainingConfig(
+        depth_target=round(gated_share(config, rate), 4), depth_coef=1.0, router_aux_coef=0.01
+    )
+    return replace(config, training=budget)
+
+
+def ramp(at: float, start: float, end: float) -> float:
+    """0 before `start`, 1 after `end`, linear between."""
+    return min(1.0, max(0.0, (at - start) / (end - start)))
+
+
+def learning_rate(recipe: Recipe, at: float) -> float:
+    """Linear warm-up, then a cosine down to 2 % of the rate."""
+    if at < recipe.warm_up:
+        return recipe.rate * max(at / recipe.warm_up, 0.01)
+    fall = 0.5 + 0.5 * math.cos(math.pi * ramp(at, recipe.warm_up, 1.0))
+    return recipe.rate * (0.02 + 0.98 * fall)
+
+
+class ScoreNoise:
+    """Adds logistic noise to the scores of the depth routers while training."""
+
+    def __init__(self, model: nn.Module, generator: torch.Generator) -> None:
+        self.scale = 0.0
+        self.generator = generator
+        for module in model.modules():
+            if isinstance(module, DepthRouter):
+                module.register_forward_hook(self._add)
+
+    def _add(self, module: nn.Module, args: object, score: Tensor) -> Tensor:
+        """Scores f32[B, T] with noise."""
+        del module, args
+        if not self.scale or not torch.is_grad_enabled():
+            return score
+        u = torch.rand(score.shape, generator=self.generator).clamp(1e-6, 1 - 1e-6)
+        return score + self.scale * torch.logit(u)
+
+
+class Trainer:
+    """The model, its optimizer and the corpus; `step(at)` does one update."""
+
+    def __init__(self, config: LiquidConfig, recipe: Recipe, seed: int) -> None:
+        torch.manual_seed(seed)
+        self.config, self.recipe = config, recipe
+        self.corpus = tiny_data.build(seed)
+        self.generator = torch.Generator().manual_seed(seed + 1)
+        self.model = LiquidForCausalLM(config)
+        with torch.no_grad():
+            for name, parameter in self.model.named_parameters():
+                if name.endswith(("o_proj.weight", "down_proj")):
+                    parameter.mul_((2 * config.num_hidden_layers) ** -0.5)
+        self.noise = ScoreNoise(self.model, self.generator)
+        matrices = [p for p in self.model.parameters() if p.ndim >= 2]
+        vectors = [p for p in self.model.parameters() if p.ndim < 2]
+        self.optimizer = torch.optim.AdamW(
+            [
+                {"params": matrices, "weight_decay": recipe.weight_decay},
+                {"params": vectors, "weight_decay": 0.0},
+            ],
+            lr=recipe.rate,
+            betas=(0.9, 0.98),
+            fused=True,
+        )
+
+    def step(self, at: float) -> dict[str, float]:
+        """One update at the time `at` in [0, 1]; the parts of its loss."""
+        r, t = self.recipe, self.config.training
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate(r, at)
+        closed = at >= r.open_until
+        self.noise.scale = r.noise * (1 - ramp(at, 0.5 * r.noise_until, r.noise_until)) * closed
+        rows = tiny_data.batch(self.corpus, r.rows, LENGTH + 1, self.generator, r.arithmetic_share)
+        force = torch.full((self.config.num_gates,), 0 if closed else 1, dtype=torch.int8)
+        parts = self.model.loss(rows, gate_force=force, dense_estimate=True)
+        loss = parts.ce + t.router_aux_coef * parts.router_aux
+        if closed:
+            p = parts.gate_p
+            coef = t.depth_coef * (0.1 + 0.9 * ramp(at, r.open_until, r.budget_full))
+            loss = loss + coef * (parts.depth_cost - t.depth_target).abs()
+            margin = r.margin * ramp(at, r.margin_from, 1.0)
+            loss = loss + margin * (p * (1 - p)).mean()
+            rate = (parts.gates + p - p.detach()).mean((1, 2))
+            outside = (r.lowest_rate - rate).relu() + (rate - r.highest_rate).relu()
+            loss = loss + r.spread * outside.square().sum()
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        norm = nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        self.optimizer.step()
+        return {
+            "loss": float(loss.detach()),
+            "ce": float(parts.ce.detach()),
+            "depth": float(parts.depth_cost.detach()),
+            "aux": float(parts.router_aux.detach()),
+            "norm": float(norm),
+        }
+
+
+def train(trainer: Trainer, minutes: float, steps: int | None = None) -> int:
+    """Train for `minutes`, or exactly `steps` updates; the number of updates."""
+    begin = shown = time.monotonic()
+    done = 0
+    sample = tiny_data.windows(trainer.corpus.heldout, LENGTH)[::15]
+    while True:
+        now = time.monotonic()
+        at = done / steps if steps else (now - begin) / (60 * minutes)
+        if at >= 1:
+            return done
+        parts = trainer.step(at)
+        done += 1
+        if now - shown >= 20:
+            shown = now
+            bits, rates = tiny_report.quick(trainer.model, sample)
+            words = "  ".join(f"{name} {value:.3f}" for name, value in parts.items())
+            runs = " ".join(f"{rate:.2f}" for rate in rates)
+            print(
+                f"{100 * at:5.1f} %  step {done}  {words}  held-out {bits:.3f} bits  runs {runs}",
+                flush=True,
+            )
+
+
+def write(trainer: Trainer, out: Path, seed: int, steps: int, minutes: float) -> None:
+    """Write the checkpoint directory with its report: aside, then renamed into place."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    aside = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
+    try:
+        trainer.model.save_directory(aside)
+        tiny_data.write_tokenizer(aside / "tokenizer.json")
+        generation = {"do_sample": False, "max_new_tokens": 64, "temperature": 1.0, "top_p": 1.0}
+        text = json.dumps(generation, indent=2) + "\n"
+        (aside / "generation_config.json").write_text(text, encoding="utf-8")
+        (aside / "heldout.txt").write_text(trainer.corpus.heldout, encoding="utf-8")
+        facts = {"seed": seed, "steps": steps, "minutes": round(minutes, 2)}
+        tiny_report.write_report(aside, trainer.corpus, facts)
+        os.chmod(aside, 0o755)
+        if out.exists():
+            shutil.rmtree(out)
+        aside.rename(out)
+    except BaseException:
+        shutil.rmtree(aside, ignore_errors=True)
+        raise
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Train, evaluate, write."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--minutes", type=float, default=20.0, help="time to train (default 20)")
+    parser.add_argument("--steps", type=int, help="exactly so many updates, whatever the time")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", type=Path, required=True, help="directory to write")
+    args = parser.parse_args(argv)
+    torch.set_num_threads(2)
+    trainer = Trainer(tiny_config(), Recipe(), args.seed)
+    count = sum(p.numel() for p in trainer.model.parameters())
+    print(f"{count / 1e6:.2f} M parameters, depth target {trainer.config.training.depth_target}")
+    begin = time.monotonic()
+    steps = train(trainer, args.minutes, args.steps)
+    write(trainer, args.out, args.seed, steps, (time.monotonic() - begin) / 60)
+    print(f"wrote {args.out} after {steps} steps")
+
+
+if __name__ == "__main__":
+    main()
