@@ -41,7 +41,7 @@ class ArmRows:
         return self.sides[known]
 
     def by_token(self, value: Value) -> bool:
-        """Whether a value has one entry for each token, [B, T, ...]; caches [B, KV, S, hd] do not."""
+        """Whether a value has an entry for each token, [B, T, ...]; a cache has not."""
         if isinstance(value.op, ops.Weight) or any(isinstance(d, str) for d in value.shape[2:]):
             return False
         return value.shape[:2] == self.mask.shape
@@ -143,9 +143,7 @@ class Side:
                 return self.simple(op.a if known else op.b)
             case ops.Add():
                 a, b = self.simple(op.a), self.simple(op.b)
-                if not isinstance(b, Value) and b == 0 and b is not None:
-                    return a
-                return b if not isinstance(a, Value) and a == 0 and a is not None else None
+                return a if _is_zero(b) else b if _is_zero(a) else None
             case ops.Route() if self.truth(op.mask) is False:
                 return -1 if value is op.index else 0.0
             case ops.GroupedExperts() | ops.MapExperts() if self.simple(op.index) == -1:
@@ -250,3 +248,7 @@ class Side:
             self.made[value].type == self._type(value), f"{op.op_name} loses its tokens"
         )
         return self.made[value]
+
+
+def _is_zero(value: Value | Number | None) -> bool:
+    return isinstance(value, int | float) and value == 0

@@ -109,7 +109,7 @@ def attribute(*, default: Any = _MISSING) -> Any:
     return Field("attribute", default=default, required=default is _MISSING)
 
 
-def region() -> Any:
+def region(*, kw_only: bool = True) -> Any:
     """A nested block."""
     return Field("region")
 
@@ -124,12 +124,17 @@ def results(*, init: bool = False) -> Any:
     return Field("results", required=False)
 
 
+def extra(*, default: None, kw_only: bool = True) -> Any:
+    """What the constructor of every op takes beside its fields; no part of the signature."""
+    return default
+
+
 OPS: dict[str, type[Op]] = {}
 """Every op class by its name in the text form."""
 
 
 @dataclass_transform(
-    field_specifiers=(operand, optional, variadic, attribute, region, result, results)
+    field_specifiers=(operand, optional, variadic, attribute, region, result, results, extra)
 )
 class _Signature:
     """Base that tells type checkers how an op's constructor follows from its fields."""
@@ -138,6 +143,8 @@ class _Signature:
 class Op(_Signature):
     """An operation: operands, attributes, nested blocks, results. Subclasses declare fields."""
 
+    loc: Location | None = extra(default=None)
+    result_types: Sequence[TensorType] | None = extra(default=None)
     op_name: ClassVar[str] = ""
     fields: ClassVar[tuple[Field, ...]] = ()
     terminator: ClassVar[bool] = False
