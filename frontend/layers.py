@@ -83,9 +83,10 @@ class Layer(nn.Module):
         if self.scope == "layer":
             out = gated(t["mask_a"], run_both, skip_both, t)
         else:
-            out = run_attention(t)
             if self.gates_attention:
                 out = gated(t["mask_a"], run_attention, self._skip_attention, t)
+            else:
+                out = run_attention(t)
             t = {**t, **out}
             ffn = gated(t["mask_f"], run_ffn, self._skip_ffn, t) if self.gates_ffn else run_ffn(t)
             out = {**out, **ffn}

@@ -68,7 +68,7 @@ class OnnxRuntimeBackend(Backend):
             return "onnxruntime and onnxruntime-gpu overwrite one another: uninstall one of them"
         if not cpu and not gpu:
             return "onnxruntime is not installed: pip install 'liquidc[cpu]'"
-        if (cpu or gpu or "").split(".")[:2] < ["1", "32"]:
+        if [int(part) for part in (cpu or gpu or "").split(".")[:2]] < [1, 32]:
             return f"onnxruntime {cpu or gpu} is older than 1.32: pip install 'liquidc[cpu]'"
         return None
 

@@ -6,9 +6,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import onnx
-from onnx import external_data_helper, helper
+from onnx import helper
 
-from liquidc.backends.onnxruntime import emit_cache, emit_nn, emit_route, emit_tensor
+from liquidc.backends.onnxruntime import emit_cache, emit_experts, emit_nn, emit_route, emit_tensor
 from liquidc.backends.onnxruntime.graph import (
     CONTRIB,
     ELEMENT,
@@ -17,12 +17,13 @@ from liquidc.backends.onnxruntime.graph import (
     Graph,
     Shared,
 )
+from liquidc.backends.weights_file import byte_size
 from liquidc.errors import UnsupportedError
 from liquidc.ir import Block, Function, Module, Op, TensorType, Value, ops
 from liquidc.ir.types import dim_names
 from liquidc.ir.weights import WeightExpr, sizes
 
-EMIT = emit_tensor.EMIT | emit_nn.EMIT | emit_route.EMIT | emit_cache.EMIT
+EMIT = emit_tensor.EMIT | emit_nn.EMIT | emit_route.EMIT | emit_experts.EMIT | emit_cache.EMIT
 
 
 @dataclass(frozen=True)
@@ -40,14 +41,14 @@ def lower(module: Module) -> Lowered:
         UnsupportedError: an op has no lowering; names it and the line of the model.
     """
     function = module.functions["prefill"]
-    shared = Shared(module)
+    shared = Shared(module, emit_block)
     graph = Graph(shared)
     inputs = [_info(arg.name, arg.type) for arg in function.args]
     for arg in function.args:
         graph.names[arg] = arg.name
     _sizes(graph, function)
     graph.wanted = _wanted(function)
-    _block(graph, function.body)
+    emit_block(graph, function.body)
     outputs = [
         _output(graph, name, value)
         for name, value in zip(function.result_names, function.returned, strict=True)
@@ -71,14 +72,14 @@ def place(lowered: Lowered, file: str, offsets: Mapping[str, int]) -> onnx.Model
     model.CopyFrom(lowered.model)
     for tensor in model.graph.initializer:
         if tensor.name in lowered.weights:
-            expr = lowered.weights[tensor.name]
-            length = expr.type.dtype.bytes
-            for size in sizes(expr.type.shape):
-                length *= size
-            external_data_helper.set_external_data(
-                tensor, file, offset=offsets[tensor.name], length=length
-            )
-            tensor.ClearField("raw_data")
+            length = byte_size(lowered.weights[tensor.name].type)
+            tensor.data_location = onnx.TensorProto.EXTERNAL
+            for key, value in (
+                ("location", file),
+                ("offset", offsets[tensor.name]),
+                ("length", length),
+            ):
+                tensor.external_data.add(key=key, value=str(value))
     return model
 
 
@@ -96,9 +97,9 @@ def _sizes(graph: Graph, function: Function) -> None:
     """Where each named dimension's size is read: from the first input that has it."""
     for arg in function.args:
         for axis, dim in enumerate(arg.shape):
-            if dim_names([dim]) and ("size", dim) not in graph.memo:
+            if dim_names([dim]) and dim not in graph.dims:
                 shape = graph.op("Shape", [arg.name], start=axis, end=axis + 1)
-                graph.memo["size", dim] = shape
+                graph.dims[str(dim)] = shape
 
 
 def _wanted(function: Function) -> dict[Value, str]:
@@ -116,7 +117,8 @@ def _output(graph: Graph, name: str, value: Value) -> onnx.ValueInfoProto:
     return _info(name, value.type)
 
 
-def _block(graph: Graph, block: Block) -> None:
+def emit_block(graph: Graph, block: Block) -> None:
+    """Add the nodes of a block's ops, except its terminator."""
     for op in block.ops[:-1]:
         if isinstance(op, ops.Weight):
             continue
@@ -139,7 +141,7 @@ def _conditional(graph: Graph, op: ops.If) -> None:
     arms: list[Graph] = []
     for block, part in ((op.then, "run"), (op.otherwise, "skip")):
         arm = graph.arm(f"{label}/{part}")
-        _block(arm, block)
+        emit_block(arm, block)
         arm.finish([arm.name(value) for value in block.terminator.operands])
         arms.append(arm)
     names = [

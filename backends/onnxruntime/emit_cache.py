@@ -25,7 +25,7 @@ def rows(g: Graph, op: ops.Rows) -> list[str]:
     """The true places of the mask, flat."""
     found = g.op("NonZero", [g.op("Reshape", [g.name(op.mask), g.const([-1])])])
     y = g.op("Reshape", [found, g.const([-1])])
-    g.memo["size", op.dim] = g.op("Shape", [y])
+    g.dims[op.dim] = g.op("Shape", [y])
     return [y]
 
 
@@ -89,53 +89,54 @@ def pad(g: Graph, x: str, mask: Value, tail: list[int]) -> str:
 
 def is_prefix(mask: Value) -> bool:
     """Whether a mask only cuts off padding: `iota < lengths`."""
-    if not isinstance(mask.op, ops.Lt):
-        return False
-    offset = mask.op.a.op
-    while isinstance(offset, ops.Reshape):
-        offset = offset.x.op
-    return isinstance(offset, ops.Iota)
+    return isinstance(mask.op, ops.Lt) and isinstance(_content(mask.op.a).op, ops.Iota)
 
 
 def fused_with(op: Appending) -> ops.Attend | ops.AttendRows | None:
-    """The attention in the same block that reads this append and its twin, and nothing else."""
+    """The attention in the same block over this append and its twin, if one node can do all three.
+
+    GroupQueryAttention lets query number i of a row see `length + i + 1` slots, and wants heads of
+    a multiple of 8 (ONNX Runtime 1.32).
+    """
     for user in op.y.uses:
-        if not isinstance(user, ops.Attend | ops.AttendRows) or user.parent is not op.parent:
-            continue
-        key, value = user.key.op, user.value.op
-        if not isinstance(key, Appending) or type(key) is not type(value):
-            continue
-        value = value if isinstance(value, Appending) else key
-        same = key.length is value.length and key.mask is value.mask and key.parent is value.parent
-        limit = user.limit
-        if isinstance(user, ops.AttendRows):
-            if not isinstance(key, ops.AppendRows) or user.rows is not key.rows:
-                continue
-            if not isinstance(limit.op, ops.GatherRows) or limit.op.rows is not key.rows:
-                continue
-            limit = limit.op.x
-        elif not isinstance(key, ops.Append) or not is_prefix(key.mask):
-            continue
-        if same and _counts(limit, key.length, key.mask):
-            return user
+        if isinstance(user, ops.Attend | ops.AttendRows) and user.parent is op.parent:
+            key, value = user.key.op, user.value.op
+            if (
+                isinstance(key, Appending)
+                and isinstance(value, Appending)
+                and key.parent is value.parent is user.parent
+                and (key.length, key.mask) == (value.length, value.mask)
+                and sizes(user.q.shape[-1:])[0] % 8 == 0
+                and _sees_in_order(user, key)
+            ):
+                return user
     return None
 
 
-def _counts(limit: Value, length: Value, mask: Value) -> bool:
-    """Whether `limit` is length + cumsum(mask)."""
+def _sees_in_order(user: ops.Attend | ops.AttendRows, key: Appending) -> bool:
+    """Whether the limit of each query is length + its rank among the tokens appended."""
+    limit = user.limit
+    if isinstance(user, ops.AttendRows):
+        if not isinstance(key, ops.AppendRows) or not isinstance(limit.op, ops.GatherRows):
+            return False
+        if not user.rows == key.rows == limit.op.rows:
+            return False
+        limit = limit.op.x
+    elif not isinstance(key, ops.Append) or not is_prefix(key.mask):
+        return False
     if not isinstance(limit.op, ops.Add):
         return False
-    start, run = limit.op.a.op, limit.op.b.op
-    if isinstance(start, ops.CumSum):
-        start, run = run, start
-    while isinstance(start, ops.Reshape):
-        if start.x is length:
-            break
-        start = start.x.op
-    if not isinstance(start, ops.Reshape) or start.x is not length:
-        return False
-    counted = run.x.op if isinstance(run, ops.CumSum) else run
-    return isinstance(counted, ops.Cast) and counted.x is mask
+    for start, rank in ((limit.op.a, limit.op.b), (limit.op.b, limit.op.a)):
+        if isinstance(rank.op, ops.CumSum) and isinstance(rank.op.x.op, ops.Cast):
+            return _content(start) is _content(key.length) and rank.op.x.op.x is key.mask
+    return False
+
+
+def _content(value: Value) -> Value:
+    """What a value holds, whatever its shape."""
+    while isinstance(value.op, ops.Reshape):
+        value = value.op.x
+    return value
 
 
 def append(g: Graph, op: Appending) -> list[str]:

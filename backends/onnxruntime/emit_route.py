@@ -1,4 +1,4 @@
-"""Depth gates, routers and experts as ONNX nodes."""
+"""Depth gates and routers as ONNX nodes."""
 
 from __future__ import annotations
 
@@ -105,62 +105,10 @@ def expert_weight(g: Graph, op: ops.ExpertWeight) -> list[str]:
     return [g.op("ReduceSum", [kept, g.const([-1])], keepdims=0)]
 
 
-def grouped_experts(g: Graph, op: ops.GroupedExperts) -> list[str]:
-    """A conditional for each expert over the slots that hold it; sums in the order of the slots."""
-    experts, width, hidden = sizes(op.down.shape)
-    slots = sizes(op.index.shape[-1:])[0]
-    x = g.flat(g.name(op.x), op.x.shape)
-    chosen = g.op("Reshape", [g.name(op.index), g.const([-1])])
-    weight = g.op("Reshape", [g.name(op.weight), g.const([-1, 1])])
-    hits = g.op("Equal", [g.const(np.arange(experts)[:, None]), chosen])
-    small = g.op("Cast", [hits], to=ELEMENT[DType.U8])
-    any_hit = g.op("Cast", [g.op("ReduceMax", [small, g.const([1])], keepdims=0)], to=9)
-    conds = g.op("Split", [any_hit], experts, axis=0, num_outputs=experts)
-    conds = [conds] if isinstance(conds, str) else conds
-    where = g.op("Split", [hits], experts, axis=0, num_outputs=experts)
-    where = [where] if isinstance(where, str) else where
-    names = [op.gate_up.op, op.down.op]
-    stacked = [n.weight if isinstance(n, ops.Weight) else "" for n in names]
-    parts: list[tuple[str, str]] = []
-    for expert in range(experts):
-        label = f"{g.prefix}/expert{expert}" if g.prefix else f"expert{expert}"
-        run, skip = g.arm(label), g.arm(f"{label}/skip")
-        found = run.op("NonZero", [where[expert]])
-        slot = run.op("Gather", [found, run.const(1)], axis=0)
-        row = run.op("Div", [slot, run.const(slots)])
-        tokens = run.op("Gather", [x, row], axis=0)
-        if op.apply == "input":
-            tokens = run.op("Mul", [tokens, run.op("Gather", [weight, slot], axis=0)])
-        both = run.op("Gemm", [tokens, g.expert_weight(stacked[0], expert)], transB=1)
-        gate, up = run.op("Split", [both], 2, axis=1, num_outputs=2)
-        inner = run.op("Mul", [run.contrib("QuickGelu", [gate], alpha=1.0), up])
-        y = run.op("Gemm", [inner, g.expert_weight(stacked[1], expert)], transB=1)
-        run.finish([y, run.op("Unsqueeze", [slot, run.const([1])])])
-        empty = [g.const(np.zeros((0, width)), F32), g.const(np.zeros((0, 1)), np.int64)]
-        skip.finish([skip.op("Identity", [name]) for name in empty])
-        parts.append(tuple(g.conditional(conds[expert], run, skip, 2)))
-    values = g.op("Concat", [part[0] for part in parts], axis=0)
-    places = g.op("Concat", [part[1] for part in parts], axis=0)
-    total = g.op("Concat", [g.op("Shape", [chosen]), g.const([width])], axis=0)
-    blank = g.op("ConstantOfShape", [total])
-    spread = g.op("ScatterND", [blank, places, values])
-    if op.apply == "output":
-        spread = g.op("Mul", [spread, weight])
-    summed = g.op(
-        "ReduceSum",
-        [g.op("Reshape", [spread, g.const([-1, slots, width])]), g.const([1])],
-        keepdims=0,
-    )
-    if op.x.type.rank == 2:
-        return [summed]
-    return [g.op("Reshape", [summed, g.shape(op.y.shape)])]
-
-
 EMIT: dict[type[Op], Emit] = {
     ops.DepthGate: depth_gate,
     ops.Route: route,
     ops.ExpertMask: expert_mask,
     ops.ExpertWeight: expert_weight,
-    ops.GroupedExperts: grouped_experts,
 }
 """Lowerings by op class."""

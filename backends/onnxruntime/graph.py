@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
 from liquidc.errors import UnsupportedError
-from liquidc.ir import Dim, DType, Module, Value, ops
+from liquidc.ir import Block, Dim, DType, Module, Value, ops
 from liquidc.ir.types import dim_names
 from liquidc.ir.weights import Select, WeightExpr
 
@@ -46,14 +46,17 @@ NUMPY: dict[DType, Any] = {
 class Shared:
     """What a graph and its arms have in common.
 
-    `weights` are stored beside the model, `constants` inside it; `counts` numbers names.
+    `weights` are stored beside the model, `constants` inside it; `counts` numbers names,
+    `moe` the expert layers. `emit` adds the nodes of a block.
     """
 
     module: Module
+    emit: Callable[[Graph, Block], None]
     weights: dict[str, WeightExpr] = field(default_factory=dict[str, WeightExpr])
     constants: dict[Any, str] = field(default_factory=dict[Any, str])
     initializers: list[onnx.TensorProto] = field(default_factory=list[onnx.TensorProto])
     counts: dict[str, int] = field(default_factory=dict[str, int])
+    moe: int = 0
 
     def unique(self, name: str) -> str:
         """`name`, with a number from its second use on."""
@@ -76,6 +79,7 @@ class Graph:
         self.nodes: list[onnx.NodeProto] = []
         self.names: dict[Value, str] = {}
         self.memo: dict[Any, Any] = {}
+        self.dims: dict[str, str] = {}
         self.wanted: dict[Value, str] = {}
 
     def op(
@@ -145,28 +149,31 @@ class Graph:
         """The size of a dimension, i64[1]."""
         if isinstance(dim, int):
             return self.const([dim])
-        known = self.remember(("size", dim))
-        if known is not None:
-            return known
         parts = dim.split("*")
-        if len(parts) == 1:
-            raise UnsupportedError(f"onnxruntime: the size of dimension {dim} is not known")
-        factors = [self.size(int(p) if p.isdigit() else p) for p in parts]
-        total = factors[0]
-        for factor in factors[1:]:
-            total = self.op("Mul", [total, factor])
-        self.memo["size", dim] = total
-        return total
+        if len(parts) > 1:
+            first, *others = (self.size(int(p) if p.isdigit() else p) for p in parts)
+            for factor in others:
+                first = self.once("Mul", [first, factor])
+            return first
+        graph: Graph | None = self
+        while graph is not None:
+            if dim in graph.dims:
+                return graph.dims[dim]
+            graph = graph.parent
+        raise UnsupportedError(f"onnxruntime: the size of dimension {dim} is not known")
 
     def shape(self, dims: Sequence[Dim]) -> str:
         """A shape, i64[rank]."""
         if not dim_names(dims):
             return self.const(list(dims))
-        key = ("shape", tuple(dims))
+        return self.once("Concat", [self.size(dim) for dim in dims], axis=0)
+
+    def once(self, kind: str, inputs: list[str], **attributes: Any) -> str:
+        """A node that is made once in this graph and what it sees."""
+        key = (kind, *inputs)
         known = self.remember(key)
         if known is None:
-            known = self.op("Concat", [self.size(dim) for dim in dims], axis=0)
-            self.memo[key] = known
+            known = self.memo[key] = self.op(kind, inputs, **attributes)
         return known
 
     def reshape(self, x: str, old: Sequence[Dim], new: Sequence[Dim]) -> str:

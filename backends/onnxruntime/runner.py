@@ -6,7 +6,7 @@ import json
 import re
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,8 +21,8 @@ from liquidc.errors import InternalError
 if TYPE_CHECKING:
     from liquidc.manifest import Manifest
 
-_WARNING = 3
-"""Severity from which ONNX Runtime logs: errors only."""
+LOG_SEVERITY = 3
+"""What ONNX Runtime logs: errors; 2 adds warnings, such as that of a cache that was copied."""
 
 
 @dataclass(slots=True)
@@ -56,7 +56,7 @@ class OrtRunner(Runner):
         self, engine: Path, manifest: Manifest, options: RunnerOptions, profile: str | None = None
     ) -> None:
         settings = ort.SessionOptions()
-        settings.log_severity_level = _WARNING
+        settings.log_severity_level = LOG_SEVERITY
         settings.inter_op_num_threads = 1
         if options.threads:
             settings.intra_op_num_threads = options.threads
@@ -125,7 +125,8 @@ class OrtRunner(Runner):
             work(runner)
             events = json.loads(Path(runner._session.end_profiling()).read_text(encoding="utf-8"))
             runner.close()
-        return read_trace(events, self._gates_by_label())
+        layers = [info.layer for info in self._manifest.model.experts]
+        return read_trace(events, self._gates_by_label(), layers)
 
     def _gates_by_label(self) -> dict[str, int]:
         layers: dict[int, list[int]] = {}
@@ -142,35 +143,38 @@ class OrtRunner(Runner):
         self._session = None
 
 
-_GEMM = re.compile(r"(?P<label>layer\d+(?:/attn|/ffn)?)/run/Gemm")
-_EXPERT = re.compile(r"(?P<prefix>.*?)/?expert(?P<expert>\d+)/Gemm")
+_GATED = re.compile(r"(?P<label>layer\d+(/attn|/ffn)?)/run/Gemm_kernel_time")
+_EXPERT = re.compile(r"(.+/)?moe(?P<moe>\d+)/expert(?P<expert>\d+)/Gemm_kernel_time")
 
 
-def read_trace(events: list[dict[str, Any]], gates: Mapping[str, int]) -> Trace:
-    """Rows behind each gate and tokens of each expert, from a profile's node events.
+def read_trace(
+    events: list[dict[str, Any]], gates: Mapping[str, int], layers: Sequence[int]
+) -> Trace:
+    """Tokens behind each gate and of each expert, from a profile's node events.
 
-    The rows of a conditional are those of its first matrix product: the tokens that it computes.
-    An expert's tokens are the rows of its first product, the one with gate and up together.
+    They are the rows of the first matrix product of an arm, the node whose name has no number: in
+    a layer a projection, in an expert that of gate and up.
+
+    Args:
+        events: of the profiler's file.
+        gates: index by label of the conditional.
+        layers: those with experts, in order.
     """
     rows: Counter[int] = Counter()
     experts: dict[int, Counter[int]] = {}
-    firsts: dict[str, str] = {}
     for event in events:
-        name = str(event.get("name", ""))
-        if event.get("cat") != "Node" or not name.endswith("_kernel_time"):
+        if event.get("cat") != "Node":
             continue
-        node = name.removesuffix("_kernel_time")
-        shapes = event["args"].get("input_type_shape", [])
-        count = int(next(iter(shapes[0].values()))[0]) if shapes else 0
-        expert = _EXPERT.match(node)
-        if expert is not None:
-            key = f"{expert['prefix']}/expert{expert['expert']}"
-            layer = re.search(r"layer(\d+)", node)
-            if layer and firsts.setdefault(key, node) == node:
-                experts.setdefault(int(layer[1]), Counter())[int(expert["expert"])] += count
-            continue
-        gemm = _GEMM.match(node)
-        if gemm is not None and gemm["label"] in gates:
-            if firsts.setdefault(gemm["label"], node) == node:
-                rows[gates[gemm["label"]]] += count
+        name = str(event["name"])
+        if (gated := _GATED.fullmatch(name)) and gated["label"] in gates:
+            rows[gates[gated["label"]]] += _first_size(event)
+        elif expert := _EXPERT.fullmatch(name):
+            counter = experts.setdefault(layers[int(expert["moe"])], Counter())
+            counter[int(expert["expert"])] += _first_size(event)
     return Trace(dict(rows), {layer: dict(counter) for layer, counter in experts.items()})
+
+
+def _first_size(event: dict[str, Any]) -> int:
+    """The leading size of the first input of a node, as ONNX Runtime 1.32 writes it."""
+    (shape,) = event["args"]["input_type_shape"][0].values()
+    return int(shape[0])
