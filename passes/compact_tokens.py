@@ -42,10 +42,8 @@ class CompactTokens(Pass):
     def apply(self, module: Module, statistics: Statistics) -> None:
         """Compact every arm that a token mask guards."""
         for function in module.functions.values():
-            taken = set[str]()
-            for op in function.body.walk():
-                for value in op.results:
-                    taken |= dim_names(value.shape)
+            values = [*function.args, *(v for op in function.body.walk() for v in op.results)]
+            taken = dim_names(dim for value in values for dim in value.shape)
             self._block(function.body, taken, statistics)
 
     def _block(self, block: Block, taken: set[str], statistics: Statistics) -> None:

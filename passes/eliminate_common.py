@@ -15,7 +15,7 @@ def signature(op: Op, operands: list[Value] | None = None) -> Hashable:
     """What makes two ops compute the same: class, operands, attributes, result types."""
     values = op.operands if operands is None else operands
     segments = tuple((s.start, s.stop) for s in op.segments.values())
-    facts = tuple((k, type(v), v) for k, v in op.attributes.items())
+    facts = tuple((k, repr(v)) for k, v in op.attributes.items())  # -0.0 equals 0.0, in text not
     return (type(op), tuple(map(id, values)), segments, facts, tuple(v.type for v in op.results))
 
 

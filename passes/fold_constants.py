@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal, cast
@@ -30,7 +31,7 @@ class FoldConstants(Pass):
 
         %t = weight weight="a.t" : f32[3, 2]     (%r is %x)
 
-    x + 0 is folded for integers only: it turns -0.0 into 0.0.
+    x + 0 is folded for integers only: it turns -0.0 into 0.0, as x - (-0) does.
     """
 
     name: ClassVar[str] = "fold-constants"
@@ -52,7 +53,7 @@ def splat(value: Value) -> int | float | bool | None:
     op = value.op
     while isinstance(op, ops.Broadcast | ops.Reshape):
         op = op.x.op
-    if isinstance(op, ops.Constant) and op.value and all(x == op.value[0] for x in op.value):
+    if isinstance(op, ops.Constant) and len({repr(x) for x in op.value}) == 1:  # 0.0 is not -0.0
         return op.value[0]
     return None
 
@@ -66,7 +67,9 @@ class SkipIdentity(Rule):
         """The operand, if nothing changes."""
         if isinstance(op, ops.Add | ops.Sub | ops.Mul | ops.Div | ops.And | ops.Or):
             return [self._binary(op, rw)]
-        rw.check(not isinstance(op, ops.Compare | ops.Logical | ops.Maximum | ops.Minimum), "no")
+        rw.check(
+            not isinstance(op, ops.Compare | ops.Logical | ops.Maximum | ops.Minimum), "it compares"
+        )
         x = op.operands[0]
         rw.check(op.results[0].type == x.type, "the type changes")
         if isinstance(op, ops.Transpose):
@@ -85,13 +88,18 @@ class SkipIdentity(Rule):
                 (isinstance(op, ops.Mul) and number == 1)
                 or (isinstance(op, ops.Div) and right and number == 1)
                 or (isinstance(op, ops.Add) and whole and number == 0)
-                or (isinstance(op, ops.Sub) and right and number == 0)
+                or (isinstance(op, ops.Sub) and right and number == 0 and _positive(number))
                 or (isinstance(op, ops.And) and number is True)
                 or (isinstance(op, ops.Or) and number is False)
             )
             if neutral:
                 return value
         rw.refuse("no operand is neutral")
+
+
+def _positive(number: float) -> bool:
+    """False for negative numbers and -0.0."""
+    return math.copysign(1.0, number) > 0
 
 
 class MergeReshapes(Rule):
@@ -194,7 +202,7 @@ class FoldWeight(Rule):
 
 def joined(names: Sequence[str]) -> str:
     """A name for weights put together: the first one's, and what is new in the others."""
-    return names[0] + "".join(f".and.{name.rsplit('.', 2)[-2]}" for name in names[1:])
+    return names[0] + "".join(f".and.{name.split('.')[-2:][0]}" for name in names[1:])
 
 
 def declare(module: Module, rw: Rewriter, name: str, expr: lazy.WeightExpr) -> Value:

@@ -51,6 +51,7 @@ class GroupSwiglu(Rule):
 
     def rewrite(self, op: ops.MapExperts, rw: Rewriter) -> Sequence[Value]:
         """The grouped op."""
+        rw.check(op.y.type == op.x.type, "the experts change the type of the tokens")
         tokens, *params = op.body.args
         stacked = dict(zip(params, op.params, strict=True))
         down = rw.need(op.body.terminator.operands[0].op, ops.Linear, "the body ends in no linear")
@@ -84,11 +85,13 @@ class GroupSwiglu(Rule):
             half = lazy.sizes(both.y.shape[-1:])[0] // 2
             rw.check(other.x is both.y, "gate and up are slices of two things")
             first = (gate.op.start, gate.op.stop) == (0, half)
-            rw.check(first and (other.start, other.stop) == (half, 2 * half), "gate is not first")
+            second = (other.start, other.stop) == (half, lazy.sizes(both.y.shape[-1:])[0])
+            rw.check(first and second, "gate and up are not the two halves")
             rw.check(self._plain(both, tokens, stacked), "gate and up are no plain projection")
             return stacked[both.weight]
         parts = [rw.need(v.op, ops.Linear, "gate or up is no linear") for v in (gate, up)]
         rw.check(all(self._plain(p, tokens, stacked) for p in parts), "no plain projections")
+        rw.check(gate.type == up.type, "gate and up differ in width")
         used = [rw.need(stacked[p.weight].op, ops.Weight, "a param is no weight") for p in parts]
         names = [weight.weight for weight in used]
         expr = lazy.Concat(tuple(self.module.weights[name] for name in names), 1)

@@ -191,8 +191,10 @@ def _stacked_params(module: Module, rw: Rewriter, chain: Sequence[_Region]) -> l
             for i in weights:
                 name = rw.need(other.operands[i].op, ops.Weight, "the bodies differ").weight
                 groups.setdefault(op.operands[i], [])
-                if len(groups[op.operands[i]]) == chain.index(region):
+                place = chain.index(region)
+                if len(groups[op.operands[i]]) == place:
                     groups[op.operands[i]].append(name)
+                rw.check(groups[op.operands[i]][place] == name, "weights are shared differently")
                 translated[i] = op.operands[i]
             if region.apply == "input":
                 translated = [_unscaled(v, head) for v in translated]

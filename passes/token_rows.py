@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import cast
 
-from liquidc.ir import Block, Op, TensorType, Value, ops
+from liquidc.ir import Block, DType, Op, TensorType, Value, ops
 from liquidc.ir.core import AnyOp
 from liquidc.ir.rewriter import Rewriter
 from liquidc.passes.fold_constants import splat
@@ -119,6 +119,8 @@ class Side:
         """What a mask is on these rows, if that is known."""
         if value is self.arm.mask:
             return self.known
+        if value.dtype != DType.BOOL:
+            return None
         op = value.op
         match op:
             case ops.Reshape() | ops.Broadcast():
@@ -208,6 +210,7 @@ class Side:
                 return arm.emit(ops.Reshape(self.row(op.x), shape=shape, loc=op.loc)).y
             case ops.Broadcast():
                 x = self.row(op.x)
+                arm.rw.check(x.type.rank < value.type.rank, f"%{op.x.name} {x.type} has no rows")
                 return arm.emit(ops.Broadcast(x, shape=self._type(value).shape, loc=op.loc)).y
             case ops.Attend():
                 limit, key, val = self.row(op.limit), arm.dense(op.key), arm.dense(op.value)
@@ -224,7 +227,7 @@ class Side:
                 return arm.emit(attend).y
             case ops.Slice() | ops.Softmax() | ops.Concat() if op.dim >= 2:
                 return self._clone(op, value, dim=op.dim - 1)
-            case ops.Reduce() if min(op.dims) >= 2:
+            case ops.Reduce() if all(dim >= 2 for dim in op.dims):
                 return self._clone(op, value, dims=tuple(dim - 1 for dim in op.dims))
             case _ if op.tokenwise and all(self._goes_along(v) for v in op.operands):
                 return self._clone(op, value)
