@@ -101,11 +101,30 @@ def _routers(module: Module) -> list[Op]:
         seen.add(id(op))
         if isinstance(op, ops.Linear):
             found.append(op)
-        if isinstance(op, ops.Unary | ops.Linear | ops.Reshape | ops.Slice | ops.Sub | ops.Cast):
-            pending += op.operands[:2] if isinstance(op, ops.Sub) else op.operands[:1]
-        elif isinstance(op, ops.RMSNorm | ops.LayerNorm) and _narrow(op):
+        if isinstance(op, ops.Binary) and not _residual(op):
+            pending += op.operands
+        elif isinstance(op, ops.RMSNorm | ops.LayerNorm) and not _narrow(op):
+            continue
+        elif isinstance(op, _ON_THE_WAY):
             pending += op.operands[:1]
     return found
+
+
+_ON_THE_WAY = (
+    ops.Unary,
+    ops.Linear,
+    ops.Reshape,
+    ops.Slice,
+    ops.Cast,
+    ops.Softmax,
+    ops.RMSNorm,
+    ops.LayerNorm,
+)
+
+
+def _residual(op: ops.Binary) -> bool:
+    """Whether an op adds a layer's output to the state: routers begin after it."""
+    return isinstance(op, ops.Add) and op.a.type == op.b.type
 
 
 def _narrow(op: Op) -> bool:

@@ -77,7 +77,9 @@ def _stack(module: Module, block: Block, first: ops.If) -> None:
     while len(users := list(chain[-1].op.results[0].uses)) == 2:
         owners = {id(user.parent.parent): user.parent.parent for user in users if user.parent}
         following = next(iter(owners.values())) if len(owners) == 1 else None
-        if not isinstance(following, ops.If) or following.parent is not block:
+        if not isinstance(following, ops.If) or "/expert" not in following.label:
+            break
+        if following.parent is not block:
             break
         chain.append(_take_apart(following, rw))
     count = len(chain)
@@ -133,14 +135,12 @@ def _take_apart(op: ops.If, rw: Rewriter) -> _Region:
             x = inner.y if share else None
     share = rw.need(share, ops.ExpertWeight, "no weight of the expert is applied")
     body = _between(y, inside, x)
-    if x is None:
-        outside = {v for b in body for v in b.operands if v.op is None or id(v.op) not in inside}
-        tokens = [v for v in outside if not isinstance(v.op, ops.Weight)]
-        rw.check(len(tokens) == 1, "the body reads more than the tokens and its weights")
-        x = tokens[0]
-        source = x
-    else:
-        source = cast(ops.Mul, x.op).a
+    made = {v for b in body for v in b.results}
+    read = {v for b in body for v in b.operands if not isinstance(v.op, ops.Weight)} - made
+    alone = len(read) == 1 if x is None else read == {x}
+    rw.check(alone, "the body reads more than the tokens and its weights")
+    source = next(iter(read)) if x is None else cast(ops.Mul, x.op).a
+    rw.check(y.dtype == source.dtype, "the body computes in another type than its tokens")
     return _Region(
         op, share.index, share.weight, source, apply, used.expert, tuple(body), y, total.a
     )
