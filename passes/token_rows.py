@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import cast
+from typing import Any, cast
 
 from liquidc.ir import Block, DType, Op, TensorType, Value, ops
 from liquidc.ir.core import AnyOp
@@ -205,13 +205,6 @@ class Side:
                 if side.type != self._type(value):
                     side = arm.emit(ops.Broadcast(side, shape=self._type(value).shape)).y
                 return side
-            case ops.Reshape() if arm.by_token(op.x):
-                shape = self._type(value).shape
-                return arm.emit(ops.Reshape(self.row(op.x), shape=shape, loc=op.loc)).y
-            case ops.Broadcast():
-                x = self.row(op.x)
-                arm.rw.check(x.type.rank < value.type.rank, f"%{op.x.name} {x.type} has no rows")
-                return arm.emit(ops.Broadcast(x, shape=self._type(value).shape, loc=op.loc)).y
             case ops.Attend():
                 limit, key, val = self.row(op.limit), arm.dense(op.key), arm.dense(op.value)
                 attend = ops.AttendRows(
@@ -225,32 +218,66 @@ class Side:
                     loc=op.loc,
                 )
                 return arm.emit(attend).y
-            case ops.Slice() | ops.Softmax() | ops.Concat() if op.dim >= 2:
-                return self._clone(op, value, dim=op.dim - 1)
-            case ops.Reduce() if all(dim >= 2 for dim in op.dims):
-                return self._clone(op, value, dims=tuple(dim - 1 for dim in op.dims))
-            case _ if op.tokenwise and all(self._goes_along(v) for v in op.operands):
-                return self._clone(op, value)
+            case ops.MapExperts():
+                x, index, weight = (self.row(v) for v in (op.x, op.index, op.weight))
+                params = [self.row(v) for v in op.params]
+                body = self._body(op.body)
+                experts = ops.MapExperts(
+                    x, index, weight, params, apply=op.apply, body=body, loc=op.loc
+                )
+                return arm.emit(experts).y
             case _:
-                # Positions and limits: a few integers, which need all tokens (a running sum).
-                small = not value.dtype.is_float and value.type.rank == 2
-                arm.rw.check(small, f"{op.op_name} does not go token by token")
-                return arm.emit(ops.GatherRows(arm.plain(value), self.rows)).y
+                pass
+        changes = self._changes(op)
+        if changes is not None and all(self._goes_along(v) for v in op.operands):
+            mapping = {v: self.row(v) for v in op.operands}
+            self.made.update(self._copy(op, arm.block, mapping, changes))
+            return self.made[value]
+        # Positions and limits: a few integers, which need all tokens (a running sum).
+        small = not value.dtype.is_float and value.type.rank == 2
+        arm.rw.check(small, f"{op.op_name} does not go token by token")
+        return arm.emit(ops.GatherRows(arm.plain(value), self.rows)).y
 
-    def _clone(self, op: Op, value: Value, **changes: object) -> Value:
-        """The op on rows; all its results are kept."""
-        mapping = {v: self.row(v) for v in op.operands}
-        for block in op.regions.values():
-            for arg in block.args:
-                if self.arm.by_token(arg):
-                    mapping[arg] = Value(self._type(arg), arg.name)
-        copy = self.arm.emit(op.clone(mapping, reinfer=True, **changes))
+    def _changes(self, op: Op) -> dict[str, Any] | None:
+        """The attributes that change when [B, T] becomes [N]; None if the op mixes tokens."""
+        by_token, y = self.arm.by_token, op.results[0]
+        if not by_token(y):
+            return None if any(map(by_token, op.operands)) else {}
+        match op:
+            case ops.Slice() | ops.Softmax() | ops.Concat() if op.dim >= 2:
+                return {"dim": op.dim - 1}
+            case ops.Reduce() if all(dim >= 2 for dim in op.dims):
+                return {"dims": tuple(dim - 1 for dim in op.dims)}
+            case ops.Reshape() if by_token(op.x):
+                return {"shape": self._type(y).shape}
+            case ops.Broadcast() if by_token(op.x) or op.x.type.rank < y.type.rank:
+                return {"shape": self._type(y).shape}
+            case _:
+                return {} if op.tokenwise else None
+
+    def _copy(
+        self, op: Op, block: Block, mapping: dict[Value, Value], changes: dict[str, Any]
+    ) -> dict[Value, Value]:
+        """The op on rows at the end of `block`; old results → new ones."""
+        copy = block.append(op.clone(mapping, reinfer=True, **changes))
         for old, new in zip(op.results, copy.results, strict=True):
-            self.made[old] = new
-        self.arm.rw.check(
-            self.made[value].type == self._type(value), f"{op.op_name} loses its tokens"
-        )
-        return self.made[value]
+            kept = not self.arm.by_token(old) or new.type == self._type(old)
+            self.arm.rw.check(kept, f"{op.op_name} loses its tokens")
+        return dict(zip(op.results, copy.results, strict=True))
+
+    def _body(self, body: Block) -> Block:
+        """The body of `map_experts` for rows."""
+        types = [self._type(a) if self.arm.by_token(a) else a.type for a in body.args]
+        block = Block([(a.name, type) for a, type in zip(body.args, types, strict=True)])
+        mapping = dict(zip(body.args, block.args, strict=True))
+        for op in body.ops:
+            changes = {} if op.terminator else None if op.regions else self._changes(op)
+            if changes is None:
+                self.arm.rw.refuse(f"{op.op_name} does not go token by token")
+            for value in op.operands:
+                mapping[value] = mapping[value] if value in mapping else self.row(value)
+            mapping.update(self._copy(op, block, mapping, changes))
+        return block
 
 
 def _is_zero(value: Value | Number | None) -> bool:
