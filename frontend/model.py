@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from liquidc.frontend import checkpoint
 from liquidc.frontend.config import LiquidConfig
 from liquidc.frontend.layers import Layer
 from liquidc.frontend.loss import LossParts, total_loss
@@ -67,6 +69,23 @@ class LiquidForCausalLM(nn.Module):
         if not config.tie_word_embeddings:
             self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.reset_parameters()
+
+    @classmethod
+    def from_directory(cls, path: str | Path) -> LiquidForCausalLM:
+        """The float32 model of a checkpoint directory.
+
+        Raises:
+            ConfigError: config.json is not supported.
+            CheckpointError: the weights are damaged or don't fit.
+        """
+        config = LiquidConfig.from_file(Path(path) / "config.json")
+        model = cls(config)
+        checkpoint.load_into(model, Path(path))
+        return model
+
+    def save_directory(self, path: str | Path) -> None:
+        """Write config.json and model.safetensors into the directory `path`."""
+        checkpoint.save(self, self.config.to_dict(), Path(path))
 
     @property
     def layers(self) -> nn.ModuleList:

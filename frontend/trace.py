@@ -64,7 +64,9 @@ def trace_directory(directory: Path) -> Module:
     config = LiquidConfig.from_file(directory / "config.json")
     with torch.device("meta"):
         model = LiquidForCausalLM(config)
-    module = trace(model, CheckpointSource(directory).types())
+    source = CheckpointSource(directory)
+    source.check(model)
+    module = trace(model, source.types())
     module.attributes |= {
         "max_positions": config.max_position_embeddings,
         "vocab_size": config.vocab_size,

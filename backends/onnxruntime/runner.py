@@ -34,6 +34,16 @@ class OrtCache:
     buffers: dict[str, Any]
     length: NDArray[np.int64]
 
+    def reserve(self, tokens: int) -> None:
+        """Room for a call of `tokens`: padding is written after the last token of a shorter row."""
+        most = int(self.length.max(initial=0)) + tokens
+        for name, buffer in self.buffers.items():
+            rows, heads, slots, width = buffer.shape()
+            if most > slots:
+                larger = np.zeros((rows, heads, most, width), np.float32)
+                larger[:, :, :slots] = buffer.numpy()
+                self.buffers[name] = ort.OrtValue.ortvalue_from_numpy(larger)
+
     @property
     def kv_len(self) -> NDArray[np.int64]:
         """Slots taken by layer and row."""
@@ -91,6 +101,7 @@ class OrtRunner(Runner):
         """See `Runner`."""
         if not isinstance(cache, OrtCache):
             raise InternalError("a cache of another runner")
+        cache.reserve(inputs["input_ids"].shape[1])
         binding = self._session.io_binding()
         for name, array in inputs.items():
             if name in self._inputs:
@@ -143,8 +154,8 @@ class OrtRunner(Runner):
         self._session = None
 
 
-_GATED = re.compile(r"(?P<label>layer\d+(/attn|/ffn)?)/run/Gemm_kernel_time")
-_EXPERT = re.compile(r"(.+/)?moe(?P<moe>\d+)/expert(?P<expert>\d+)/Gemm_kernel_time")
+_GATED = re.compile(r"(fused )?(?P<label>layer\d+(/attn|/ffn)?)/run/Gemm_kernel_time")
+_EXPERT = re.compile(r"(fused )?(.+/)?moe(?P<moe>\d+)/expert(?P<expert>\d+)/Gemm_kernel_time")
 
 
 def read_trace(
@@ -153,7 +164,8 @@ def read_trace(
     """Tokens behind each gate and of each expert, from a profile's node events.
 
     They are the rows of the first matrix product of an arm, the node whose name has no number: in
-    a layer a projection, in an expert that of gate and up.
+    a layer a projection, in an expert that of gate and up. ONNX Runtime 1.32 names a product that
+    it fused with an activation `fused ...`.
 
     Args:
         events: of the profiler's file.

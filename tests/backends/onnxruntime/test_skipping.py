@@ -19,6 +19,7 @@ from liquidc.trace_proof import prove
 from tests.oracle.drive import CAPACITY, controls
 from tests.oracle.engines import engine
 from tests.oracle.grid import grid
+from tests.oracle.reference import tolerance
 
 CASES = {case.name: case for case in grid()}
 CHUNK = 2
@@ -34,7 +35,7 @@ def test_the_cache_stays_in_place(
     capfd: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Buffers keep their addresses, slots that no call reached keep their bytes, nothing is copied."""
+    """Buffers keep their addresses; slots that no call reached keep their bytes."""
     monkeypatch.setattr(runner_module, "LOG_SEVERITY", 2)
     case = CASES[name]
     batch = case.batches()[1]
@@ -57,6 +58,24 @@ def test_the_cache_stays_in_place(
                     assert not (held[row, :, :length] == 7).all() or not length
         runner.close()
     assert "in-place" not in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("name", POLICIES)
+def test_padding_next_to_a_full_cache(name: str, tmp_path: Path) -> None:
+    """A nearly full row meets a longer row in one call, then rests while it is full."""
+    case = CASES[name]
+    ids = [token for batch in case.batches()[:3] for p in batch.prompts for token in p]
+    assert len(ids) > 18
+    with engine(case, tmp_path / "engine", "onnxruntime") as loaded:
+        want = loaded.logits(ids[:18])
+        session = loaded.session(batch=2, capacity=18)
+        session.prefill([ids[:16], ids[:3]])
+        both = session.prefill([ids[16:18], ids[3:17]], every=True).logits
+        last = session.step([0, ids[17]], active=[False, True]).logits
+    bound = tolerance(case.config) * np.abs(want).max()
+    np.testing.assert_allclose(both[0, :2], want[16:18], rtol=0, atol=bound)
+    np.testing.assert_allclose(both[1], want[3:17], rtol=0, atol=bound)
+    np.testing.assert_allclose(last[1, 0], want[17], rtol=0, atol=bound)
 
 
 @pytest.mark.parametrize("name", PROVED)

@@ -1,0 +1,255 @@
+"""Checkpoint directories: safetensors files beside a config.json, read lazily and checked.
+
+The safetensors library parses the headers (it refuses wrong lengths, overlaps and holes); here
+their content is compared with what the index and the model say.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+import tempfile
+import warnings
+from collections.abc import Mapping
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from liquidc.errors import CheckpointError
+from liquidc.ir.types import DType, TensorType
+from liquidc.records import canonical
+
+if TYPE_CHECKING:
+    from torch import nn
+
+SINGLE = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+DTYPES = {
+    "F64": DType.F64,
+    "F32": DType.F32,
+    "F16": DType.F16,
+    "BF16": DType.BF16,
+    "I64": DType.I64,
+    "I32": DType.I32,
+    "I8": DType.I8,
+    "U8": DType.U8,
+    "BOOL": DType.BOOL,
+}
+"""Names of safetensors by element type; others (float8, float4) have no lowering yet."""
+_BLOCK = 1 << 24
+"""Bytes that are hashed at a time."""
+
+
+class CheckpointWarning(UserWarning):
+    """A checkpoint holds something that is not used."""
+
+
+class CheckpointSource:
+    """The tensors of a directory by name, read row by row; a `WeightSource`.
+
+    Raises:
+        CheckpointError: weights are missing, damaged or in a format that is not read.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        self._files = {path.name: _open(path) for path in _weight_files(directory)}
+        self._file_of = _places(directory, self._files)
+
+    @cached_property
+    def sha256(self) -> str:
+        """Hash of config.json and the weight files, in the order of their names."""
+        digest = hashlib.sha256()
+        for name in ("config.json", *sorted(self._files)):
+            with (self.directory / name).open("rb") as file:
+                while block := file.read(_BLOCK):
+                    digest.update(block)
+        return digest.hexdigest()
+
+    def types(self) -> dict[str, TensorType]:
+        """Element type and shape of every tensor.
+
+        Raises:
+            CheckpointError: an element type is not supported.
+        """
+        return {name: self._type(name) for name in sorted(self._file_of)}
+
+    def _type(self, name: str) -> TensorType:
+        view = self._files[self._file_of[name]].get_slice(name)
+        if view.get_dtype() not in DTYPES:
+            raise CheckpointError(
+                f"{self._where(name)} has elements of {view.get_dtype()}; "
+                f"liquidc reads {', '.join(DTYPES)}: convert the checkpoint"
+            )
+        return TensorType(DTYPES[view.get_dtype()], tuple(view.get_shape()))
+
+    def read_rows(self, name: str, start: int, stop: int) -> torch.Tensor:
+        """Rows `start:stop` of a tensor as stored; a scalar counts as one row.
+
+        Raises:
+            CheckpointError: they hold NaN or infinity.
+        """
+        view = self._files[self._file_of[name]].get_slice(name)
+        rows: torch.Tensor = view[start:stop] if view.get_shape() else view[...].reshape(1)
+        if rows.is_floating_point() and not bool(rows.isfinite().all()):
+            raise CheckpointError(f"{self._where(name)} holds NaN or infinity; nothing can use it")
+        return rows
+
+    def read(self, name: str) -> torch.Tensor:
+        """A whole tensor.
+
+        Raises:
+            CheckpointError: it holds NaN or infinity.
+        """
+        shape = self._type(name).shape
+        rows = shape[0] if shape else 1
+        return self.read_rows(name, 0, cast(int, rows)).reshape(cast(Any, shape))
+
+    def check(self, model: nn.Module) -> None:
+        """Compare names, shapes and element types with a model's parameters; values are not read.
+
+        Warns:
+            CheckpointWarning: tensors that the model does not have.
+
+        Raises:
+            CheckpointError: a tensor is missing or of another shape or kind.
+        """
+        types = self.types()
+        wanted = model.state_dict()
+        missing = sorted(wanted.keys() - types.keys())
+        if missing:
+            more = f" (and {len(missing) - 1} more)" if len(missing) > 1 else ""
+            raise CheckpointError(f"{self.directory}: the tensor {missing[0]} is missing{more}")
+        for name, parameter in wanted.items():
+            stored = types[name]
+            if stored.shape != tuple(parameter.shape):
+                raise CheckpointError(
+                    f"{self._where(name)} has the shape {list(stored.shape)}, "
+                    f"the config asks for {list(parameter.shape)}"
+                )
+            if not stored.dtype.is_float:
+                raise CheckpointError(
+                    f"{self._where(name)} has elements of {stored.dtype}, not floating-point ones"
+                )
+        extra = sorted(types.keys() - wanted.keys())
+        if extra:
+            shown = ", ".join(extra[:3]) + (", …" if len(extra) > 3 else "")
+            warnings.warn(
+                f"{self.directory}: {len(extra)} tensors that the model does not use: {shown}",
+                CheckpointWarning,
+                stacklevel=2,
+            )
+
+    def _where(self, name: str) -> str:
+        return f"{self.directory / self._file_of[name]}: the tensor {name}"
+
+
+def load_into(model: nn.Module, directory: Path) -> None:
+    """Fill a model's parameters, in their own element types.
+
+    Raises:
+        CheckpointError: the checkpoint is damaged or does not fit.
+    """
+    source = CheckpointSource(directory)
+    source.check(model)
+    with torch.no_grad():
+        for name, parameter in model.state_dict().items():
+            parameter.copy_(source.read(name))
+
+
+def save(model: nn.Module, config: Mapping[str, Any], directory: Path) -> None:
+    """Write config.json and model.safetensors: aside, then file by file into place.
+
+    The same model gives the same bytes.
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    aside = Path(tempfile.mkdtemp(prefix=".saving-", dir=directory))
+    try:
+        tensors = {name: t.detach().contiguous() for name, t in model.state_dict().items()}
+        save_file(dict(sorted(tensors.items())), aside / SINGLE, metadata={"format": "pt"})
+        (aside / "config.json").write_bytes(canonical(dict(config)))
+        for name in (SINGLE, "config.json"):
+            (aside / name).replace(directory / name)
+    finally:
+        shutil.rmtree(aside)
+
+
+def _weight_files(directory: Path) -> list[Path]:
+    """The safetensors files of a directory, in the order of their names."""
+    if (directory / SINGLE).exists():
+        return [directory / SINGLE]
+    if (directory / INDEX).exists():
+        return [directory / name for name in sorted(set(_read_index(directory).values()))]
+    pickles = sorted(p.name for p in directory.iterdir() if p.suffix in PICKLES)
+    if pickles:
+        raise CheckpointError(
+            f"{directory / pickles[0]}: a pickle can run code, so it is not opened; convert it: "
+            "load it where you trust it and write model.safetensors with "
+            "safetensors.torch.save_model(model, 'model.safetensors')"
+        )
+    raise CheckpointError(f"{directory}: has neither {SINGLE} nor {INDEX}; give a model directory")
+
+
+def _read_index(directory: Path) -> dict[str, str]:
+    """The file of each tensor, by a sharded checkpoint's index.
+
+    Raises:
+        CheckpointError: the index is no index, or names something outside the directory.
+    """
+    path = directory / INDEX
+    try:
+        content: Any = json.loads(path.read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path}: not valid JSON ({error})") from None
+    entries = cast(dict[str, Any], content).get("weight_map") if type(content) is dict else None
+    if type(entries) is not dict or not entries:
+        raise CheckpointError(f"{path}: has no weight_map from tensors to files")
+    for name, file in cast(dict[str, Any], entries).items():
+        if not isinstance(file, str) or Path(file).name != file or "\\" in file or "\0" in file:
+            raise CheckpointError(f"{path}: {name} is in {file!r}, which is no plain file name")
+        if not file.endswith(".safetensors"):
+            raise CheckpointError(f"{path}: {name} is in {file!r}, which is not .safetensors")
+    return cast(dict[str, str], entries)
+
+
+def _open(path: Path) -> Any:
+    """A safetensors file with a sound header.
+
+    Raises:
+        CheckpointError: it is missing or damaged.
+    """
+    if not path.is_file():
+        raise CheckpointError(f"{path}: missing; the checkpoint is incomplete, download it again")
+    try:
+        return safe_open(path, framework="pt")
+    except (SafetensorError, ValueError) as error:
+        raise CheckpointError(
+            f"{path}: truncated or damaged ({error}); download it again"
+        ) from None
+    except OSError as error:
+        raise CheckpointError(f"{path}: can't be read ({error.strerror or error})") from None
+
+
+def _places(directory: Path, files: Mapping[str, Any]) -> dict[str, str]:
+    """The file of each tensor.
+
+    Raises:
+        CheckpointError: two files hold a tensor, or the index names one that its file lacks.
+    """
+    places: dict[str, str] = {}
+    for file, opened in files.items():
+        for name in opened.keys():
+            if name in places:
+                raise CheckpointError(f"{directory}: {name} is both in {places[name]} and {file}")
+            places[name] = file
+    if SINGLE not in files:
+        for name, file in _read_index(directory).items():
+            if places.get(name) != file:
+                raise CheckpointError(f"{directory / file}: lacks {name}, which {INDEX} puts there")
+    return places
