@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import fx
@@ -51,7 +51,7 @@ def _binary(cls: type[ops.Binary]) -> Import:
 def _operand_dtype(node: fx.Node) -> DType:
     """The element type in which a comparison of the node's arguments happens."""
     values = [arg.meta["val"] if isinstance(arg, fx.Node) else arg for arg in node.args[:2]]
-    return DTYPES[torch.result_type(*values)]
+    return DTYPES[cast(Any, torch.result_type)(*values)]
 
 
 for _name, _cls in {

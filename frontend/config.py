@@ -345,7 +345,7 @@ class LiquidConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """The JSON form; `from_dict` reads back an equal config."""
-        data = {"model_type": "liquid", "liquid_version": 1, **asdict(self)}
+        data: dict[str, Any] = {"model_type": "liquid", "liquid_version": 1, **asdict(self)}
         if self.depth_gate.router_type == "linear":
             data["depth_gate"]["router_act"] = "none"
         return json.loads(json.dumps(data))

@@ -123,10 +123,10 @@ class Fields:
     def indices(self, name: str) -> tuple[int, ...]:
         """A list of distinct layer indices, in ascending order; default empty."""
         value = self.get(name, [])
-        items = cast("list[Any]", value) if isinstance(value, list | tuple) else [None]
+        items: list[Any] = list(value) if isinstance(value, list | tuple) else [None]
         if not all(isinstance(i, int) and not isinstance(i, bool) and i >= 0 for i in items):
             self.refuse(name, "a list of layer indices")
-        if list(items) != sorted(set(items)):
+        if items != sorted(set(items)):
             self.refuse(name, "in ascending order without duplicates")
         return tuple(items)
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple, TypeVar, cast
 
 import torch
 import torch.nn.functional as F
@@ -19,7 +19,7 @@ from liquidc.errors import InputError
 from liquidc.frontend import semantic_ops as ops
 
 expert = ops.expert
-Arm = Callable[..., tuple[Tensor, ...]]
+R = TypeVar("R")
 
 
 def is_exporting() -> bool:
@@ -99,13 +99,13 @@ class Step:
         return self.executed + ran
 
 
-def gated(mask: Tensor, run: Arm, skip: Arm, *operands: Any) -> tuple[Tensor, ...]:
+def gated(mask: Tensor, run: Callable[..., R], skip: Callable[..., R], *operands: Any) -> R:
     """`run(*operands)` if any token of mask bool[B, T] runs, else `skip(*operands)`.
 
-    Both arms are functions of tensors (operands may be dicts or tuples of them) that return
-    tuples of the same types. They take sizes from their own arguments, return no operand unchanged
-    (clone it) and mask what `run` computes with `keep`: `run` must be right for every mask. Traced,
-    this is a `torch.cond`. With gradients on, it is always `run`.
+    Both arms are functions of tensors, or of dicts and tuples of them, and return the same kind.
+    They take sizes from their own arguments, return no operand unchanged (clone it) and mask what
+    `run` computes with `keep`: `run` must be right for every mask. Traced, this is a `torch.cond`.
+    With gradients on, it is always `run`.
     """
     if is_exporting():
         return cast("Any", torch.cond)(mask.any(), run, skip, operands)

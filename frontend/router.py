@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -49,14 +51,15 @@ class DepthRouter(nn.Module):
     def favour_running(self, by: float = 2.0) -> None:
         """Initialise the last bias, where there is one, so that most tokens run at first."""
         last = self.proj1 if self.proj2 is None else self.proj2
-        if last.bias is not None:
+        bias = cast("Tensor | None", last.bias)
+        if bias is not None:
             with torch.no_grad():
-                last.bias.zero_()
-                last.bias[self.exec_index if len(last.bias) == 2 else 0] = by
+                bias.zero_()
+                bias[self.exec_index if len(bias) == 2 else 0] = by
 
 
 def _linear(x: Tensor, layer: nn.Linear) -> Tensor:
-    bias = layer.bias
+    bias = cast("Tensor | None", layer.bias)
     return F.linear(x, _like(layer.weight, x), None if bias is None else _like(bias, x))
 
 

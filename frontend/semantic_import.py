@@ -28,7 +28,7 @@ def _whole(cls: type[Op], operands: Sequence[str], attributes: Sequence[str]) ->
 
 
 def _depth_gate(imp: Importer, node: fx.Node) -> list[Value]:
-    """A gate, with what only the whole model knows: its layer, its number, the layers that remain."""
+    """A gate, with what only the whole model knows: layer, number, layers that remain."""
     part = imp.part
     *operands, threshold, compare, reserved, _ = imp.resolve(node.args)
     gate = ops.DepthGate(

@@ -171,7 +171,7 @@ class _TracerBase:
         part.conditionals = graph.conditionals
         importer = Importer(self.module, function.body, dims, part)
         signature = graph.program.graph_signature
-        names = signature.inputs_to_parameters | signature.inputs_to_buffers
+        names = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
         given = iter(inputs)
         values: list[Value | None] = []
         for node in graph.program.graph.nodes:
@@ -182,7 +182,8 @@ class _TracerBase:
                 values.append(self.weight(importer, path) if node.users else None)
             elif node.name in signature.inputs_to_lifted_tensor_constants:
                 constant = signature.inputs_to_lifted_tensor_constants[node.name]
-                values.append(importer.constant_tensor(graph.program.constants[constant]))
+                tensor = cast(torch.Tensor, graph.program.constants[constant])
+                values.append(importer.constant_tensor(tensor))
             else:
                 values.append(next(given) if node.meta.get("val") is not None else None)
         return importer.run(graph.program.graph_module, values)

@@ -1,4 +1,4 @@
-"""The text form of the IR, read. `printer` writes it; an error carries file, line, column, caret."""
+"""Reads the text form that `printer` writes; errors carry file, line, column and a caret."""
 
 from __future__ import annotations
 

@@ -91,7 +91,7 @@ def dim_names(dims: Iterable[Dim]) -> set[str]:
 
 
 def product(dims: Iterable[Dim]) -> Dim:
-    """The number of elements of a shape, in canonical form (`2*B*T`), so that equal products compare equal."""
+    """The number of elements of a shape, canonical (`2*B*T`): equal products compare equal."""
     size, names = 1, list[str]()
     for dim in dims:
         if isinstance(dim, int):

@@ -75,15 +75,18 @@ class Stored(WeightExpr):
 
     @property
     def type(self) -> TensorType:
+        """See `WeightExpr`."""
         return self.stored
 
     def __str__(self) -> str:
         return f"tensor({json.dumps(self.name)}, {self.stored})"
 
     def sources(self) -> tuple[str, ...]:
+        """See `WeightExpr`."""
         return (self.name,)
 
     def read(self, source: WeightSource, box: Box) -> torch.Tensor:
+        """See `WeightExpr`."""
         if not box:
             return source.read_rows(self.name, 0, 1).reshape(())
         rows = source.read_rows(self.name, *box[0])
@@ -106,6 +109,7 @@ class Slice(WeightExpr):
 
     @property
     def type(self) -> TensorType:
+        """See `WeightExpr`."""
         shape = list(self.x.type.shape)
         shape[self.dim] = self.stop - self.start
         return self.x.type.with_shape(*shape)
@@ -114,9 +118,11 @@ class Slice(WeightExpr):
         return f"slice({self.x}, {self.dim}, {self.start}, {self.stop})"
 
     def sources(self) -> tuple[str, ...]:
+        """See `WeightExpr`."""
         return self.x.sources()
 
     def read(self, source: WeightSource, box: Box) -> torch.Tensor:
+        """See `WeightExpr`."""
         low, high = box[self.dim]
         moved = (low + self.start, high + self.start)
         return self.x.read(source, (*box[: self.dim], moved, *box[self.dim + 1 :]))
@@ -136,15 +142,18 @@ class Select(WeightExpr):
 
     @property
     def type(self) -> TensorType:
+        """See `WeightExpr`."""
         return self.x.type.with_shape(*self.x.type.shape[1:])
 
     def __str__(self) -> str:
         return f"select({self.x}, {self.index})"
 
     def sources(self) -> tuple[str, ...]:
+        """See `WeightExpr`."""
         return self.x.sources()
 
     def read(self, source: WeightSource, box: Box) -> torch.Tensor:
+        """See `WeightExpr`."""
         return self.x.read(source, ((self.index, self.index + 1), *box))[0]
 
 
@@ -161,15 +170,18 @@ class Transpose(WeightExpr):
 
     @property
     def type(self) -> TensorType:
+        """See `WeightExpr`."""
         return self.x.type.with_shape(*(self.x.type.shape[i] for i in self.perm))
 
     def __str__(self) -> str:
         return f"transpose({self.x}, [{', '.join(map(str, self.perm))}])"
 
     def sources(self) -> tuple[str, ...]:
+        """See `WeightExpr`."""
         return self.x.sources()
 
     def read(self, source: WeightSource, box: Box) -> torch.Tensor:
+        """See `WeightExpr`."""
         bounds = dict(zip(self.perm, box, strict=True))
         return self.x.read(source, tuple(bounds[i] for i in range(len(box)))).permute(self.perm)
 
@@ -192,6 +204,7 @@ class Concat(WeightExpr):
 
     @property
     def type(self) -> TensorType:
+        """See `WeightExpr`."""
         shape = list(self.xs[0].type.shape)
         shape[self.dim] = sum(x.sizes[self.dim] for x in self.xs)
         return self.xs[0].type.with_shape(*shape)
@@ -200,9 +213,11 @@ class Concat(WeightExpr):
         return f"concat([{', '.join(map(str, self.xs))}], {self.dim})"
 
     def sources(self) -> tuple[str, ...]:
+        """See `WeightExpr`."""
         return tuple(name for x in self.xs for name in x.sources())
 
     def read(self, source: WeightSource, box: Box) -> torch.Tensor:
+        """See `WeightExpr`."""
         import torch
 
         parts: list[torch.Tensor] = []
@@ -229,15 +244,18 @@ class Stack(WeightExpr):
 
     @property
     def type(self) -> TensorType:
+        """See `WeightExpr`."""
         return self.xs[0].type.with_shape(len(self.xs), *self.xs[0].type.shape)
 
     def __str__(self) -> str:
         return f"stack([{', '.join(map(str, self.xs))}])"
 
     def sources(self) -> tuple[str, ...]:
+        """See `WeightExpr`."""
         return tuple(name for x in self.xs for name in x.sources())
 
     def read(self, source: WeightSource, box: Box) -> torch.Tensor:
+        """See `WeightExpr`."""
         import torch
 
         return torch.stack([x.read(source, box[1:]) for x in self.xs[slice(*box[0])]])
@@ -252,15 +270,18 @@ class Cast(WeightExpr):
 
     @property
     def type(self) -> TensorType:
+        """See `WeightExpr`."""
         return self.x.type.with_dtype(self.dtype)
 
     def __str__(self) -> str:
         return f"cast({self.x}, {self.dtype})"
 
     def sources(self) -> tuple[str, ...]:
+        """See `WeightExpr`."""
         return self.x.sources()
 
     def read(self, source: WeightSource, box: Box) -> torch.Tensor:
+        """See `WeightExpr`."""
         return self.x.read(source, box).to(torch_dtype(self.dtype))
 
 
@@ -275,7 +296,7 @@ def cast(x: WeightExpr, dtype: DType) -> WeightExpr:
 
 
 def stack(xs: Sequence[WeightExpr]) -> WeightExpr:
-    """`Stack`, or the tensor of which the `xs` are all the entries in order (nothing is rebuilt)."""
+    """`Stack`, or the tensor of which the `xs` are all the entries in order: nothing is rebuilt."""
     first = xs[0]
     if isinstance(first, Cast):
         inner = [x.x for x in xs if isinstance(x, Cast) and x.dtype == first.dtype]

@@ -205,7 +205,7 @@ class Or(Logical, name="or", tokenwise=True):
 
 
 class Where(Op, name="where", tokenwise=True):
-    """`a` where the mask holds, else `b`; what the other one holds there (NaN too) plays no part."""
+    """`a` where the mask holds, else `b`; what the other holds there (NaN too) plays no part."""
 
     mask: Value = operand()
     a: Value = operand()
