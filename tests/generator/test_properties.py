@@ -1,0 +1,67 @@
+"""Every pass keeps its contract on generated modules."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from liquidc.ir import parse_module, print_module, verify
+from liquidc.passes.registry import DEFAULT_PIPELINE, PASSES
+from tests.generator.check import STEPS, check, transformed
+from tests.generator.modules import Example, example
+
+
+@st.composite
+def examples(draw: st.DrawFn) -> Example:
+    """A generated module with its calls."""
+    return example(draw(st.randoms(use_true_random=False)))
+
+
+EXAMPLES = examples()
+FEW = settings(
+    max_examples=12, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck)
+)
+MANY = settings(FEW, max_examples=300)
+
+
+@FEW
+@given(EXAMPLES)
+def test_text_round_trip(made: Example) -> None:
+    text = print_module(made.module)
+    again = parse_module(text)
+    verify(made.module)
+    verify(again)
+    assert print_module(again) == text
+    assert (again.weights, again.attributes) == (made.module.weights, made.module.attributes)
+
+
+@pytest.mark.parametrize("name", STEPS)
+@FEW
+@given(EXAMPLES)
+def test_pass_keeps_its_contract_and_a_second_run_changes_nothing(name: str, made: Example) -> None:
+    once = check(STEPS[name], made)
+    assert print_module(transformed(STEPS[name], once.module)) == print_module(once.module)
+
+
+@settings(FEW, max_examples=6)
+@given(EXAMPLES)
+def test_passes_keep_their_contracts_on_what_others_made(made: Example) -> None:
+    for name in DEFAULT_PIPELINE:
+        made = check(PASSES[name](), made)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", STEPS)
+@MANY
+@given(EXAMPLES)
+def test_pass_keeps_its_contract_on_many(name: str, made: Example) -> None:
+    check(STEPS[name], made)
+
+
+@pytest.mark.slow
+@settings(FEW, max_examples=100)
+@given(EXAMPLES)
+def test_passes_keep_their_contracts_on_what_others_made_of_many(made: Example) -> None:
+    for name in DEFAULT_PIPELINE:
+        made = check(PASSES[name](), made)

@@ -1,0 +1,212 @@
+"""Bugs put into the passes, one at a time: the property tests must notice every one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import pytest
+from hypothesis import Phase, given, settings
+
+from liquidc.errors import IRError
+from liquidc.ir import Block, Module, Op, Value, ops
+from liquidc.ir import weights as lazy
+from liquidc.ir.rewriter import Rewriter, Statistics
+from liquidc.passes import (
+    eliminate_common,
+    eliminate_dead,
+    fold_constants,
+    fuse_linear,
+    group_experts,
+    hoist_common,
+    specialize_decode,
+    stack_experts,
+    token_rows,
+)
+from tests.generator.check import STEPS, check
+from tests.generator.modules import Example
+from tests.generator.test_properties import EXAMPLES, MANY
+
+Patch = pytest.MonkeyPatch
+MUTATIONS: dict[str, Callable[[Patch], None]] = {}
+
+
+def mutation(step: str) -> Callable[[Callable[[Patch], None]], None]:
+    """Registers a bug in the pass `step`."""
+
+    def add(inject: Callable[[Patch], None]) -> None:
+        MUTATIONS[f"{step}: {inject.__name__.replace('_', ' ')}"] = inject
+
+    return add
+
+
+@mutation("fold-constants")
+def computes_another_number(patch: Patch) -> None:
+    right = fold_constants._compute
+
+    def wrong(op: Op) -> ops.Constant:
+        made = right(op)
+        if made.y.dtype.is_float:
+            made.set_attribute("value", tuple(number + 1.0 for number in made.value))
+        return made
+
+    patch.setattr(fold_constants, "_compute", wrong)
+
+
+@mutation("fold-constants")
+def takes_zero_for_one(patch: Patch) -> None:
+    right = fold_constants.splat
+    patch.setattr(fold_constants, "splat", lambda value: 1 if right(value) == 0.5 else right(value))
+
+
+@mutation("eliminate-common")
+def merges_ops_with_other_attributes(patch: Patch) -> None:
+    def wrong(op: Op) -> object:
+        return (type(op), tuple(map(id, op.operands)), tuple(v.type for v in op.results))
+
+    patch.setattr(eliminate_common, "signature", wrong)
+
+
+@mutation("eliminate-common")
+def merges_ops_with_operands_in_another_order(patch: Patch) -> None:
+    right = eliminate_common.signature
+
+    def wrong(op: Op) -> object:
+        return right(op, sorted(op.operands, key=id))
+
+    patch.setattr(eliminate_common, "signature", wrong)
+
+
+@mutation("eliminate-dead")
+def removes_an_op_that_is_used(patch: Patch) -> None:
+    right = eliminate_dead.EliminateDead._block
+
+    def wrong(self: Any, block: Block, statistics: Statistics) -> None:
+        right(self, block, statistics)
+        for op in [op for op in block.ops if isinstance(op, ops.Tanh)]:
+            op.y.replace_by(op.x)
+            op.detach()
+
+    patch.setattr(eliminate_dead.EliminateDead, "_block", wrong)
+
+
+@mutation("eliminate-dead")
+def keeps_another_result(patch: Patch) -> None:
+    right = eliminate_dead.drop_results
+
+    def wrong(op: ops.If, keep: list[int]) -> ops.If:
+        for arm in op.regions.values():
+            arm.terminator.set_operands(arm.terminator.operands[::-1])
+        return right(op, keep)
+
+    patch.setattr(eliminate_dead, "drop_results", wrong)
+
+
+@mutation("fuse-linear")
+def joins_weights_in_another_order(patch: Patch) -> None:
+    right = fuse_linear._together
+
+    def wrong(module: Module, rw: Rewriter, used: Sequence[ops.Weight]) -> Value:
+        return right(module, rw, used[::-1])
+
+    patch.setattr(fuse_linear, "_together", wrong)
+
+
+@mutation("stack-experts")
+def stacks_in_another_order(patch: Patch) -> None:
+    right = stack_experts.declare
+
+    def wrong(module: Module, rw: Rewriter, name: str, expr: lazy.WeightExpr) -> Value:
+        count = expr.sizes[0]
+        turned = lazy.Stack(tuple(lazy.Select(expr, i) for i in reversed(range(count))))
+        return right(module, rw, f"{name}.turned", turned)
+
+    patch.setattr(stack_experts, "declare", wrong)
+
+
+@mutation("group-experts")
+def weights_the_other_side(patch: Patch) -> None:
+    right = group_experts.GroupSwiglu.rewrite
+
+    def wrong(self: Any, op: ops.MapExperts, rw: Rewriter) -> Sequence[Value]:
+        (value,) = right(self, op, rw)
+        assert isinstance(value.op, ops.GroupedExperts)
+        value.op.set_attribute("apply", "input" if op.apply == "output" else "output")
+        return [value]
+
+    patch.setattr(group_experts.GroupSwiglu, "rewrite", wrong)
+
+
+@mutation("group-experts")
+def takes_up_for_gate(patch: Patch) -> None:
+    right = group_experts.GroupSwiglu._gate_up
+
+    def wrong(self: Any, gate: Value, up: Value, *rest: Any) -> Value:
+        apart = isinstance(gate.op, ops.Linear)
+        return right(self, up, gate, *rest) if apart else right(self, gate, up, *rest)
+
+    patch.setattr(group_experts.GroupSwiglu, "_gate_up", wrong)
+
+
+@mutation("hoist-common")
+def hoists_what_depends_on_the_arm(patch: Patch) -> None:
+    right = hoist_common.signature
+    patch.setattr(hoist_common, "signature", lambda op: right(op, []))
+
+
+@mutation("specialize-decode{batch=1}")
+def takes_the_mask_for_the_other(patch: Patch) -> None:
+    right = specialize_decode._replace_in
+
+    def wrong(arm: Block, mask: Value, *, known: bool) -> None:
+        right(arm, mask, known=not known)
+
+    patch.setattr(specialize_decode, "_replace_in", wrong)
+
+
+@mutation("specialize-decode")
+def knows_the_mask_of_several_rows(patch: Patch) -> None:
+    right = specialize_decode.SpecializeDecode.apply
+
+    def wrong(self: Any, module: Module, statistics: Statistics) -> None:
+        right(self, module, statistics)
+        for op in module.functions["decode"].body.ops:
+            if isinstance(op, ops.If) and isinstance(op.cond.op, ops.Any):
+                specialize_decode._replace_in(op.then, op.cond.op.x, known=True)
+
+    patch.setattr(specialize_decode.SpecializeDecode, "apply", wrong)
+
+
+@mutation("compact-tokens")
+def scatters_to_the_other_tokens(patch: Patch) -> None:
+    right = token_rows.ArmRows.side
+    patch.setattr(token_rows.ArmRows, "side", lambda self, known: right(self, not known))
+
+
+@mutation("compact-tokens")
+def forgets_what_skipped_tokens_hold(patch: Patch) -> None:
+    right = token_rows.Side.simple
+    patch.setattr(
+        token_rows.Side, "simple", lambda self, value: 0 if self.known else right(self, value)
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", MUTATIONS)
+def test_the_property_tests_notice(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    step = STEPS[name.partition(":")[0]]
+
+    @settings(MANY, phases=[Phase.generate])
+    @given(EXAMPLES)
+    def contract(made: Example) -> None:
+        check(step, made)
+
+    MUTATIONS[name](monkeypatch)
+    with pytest.raises((AssertionError, IRError)):
+        contract()
+
+
+def test_every_pass_has_a_mutation() -> None:
+    assert {name.partition(":")[0].partition("{")[0] for name in MUTATIONS} == {
+        name.partition("{")[0] for name in STEPS
+    }
