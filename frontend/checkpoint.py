@@ -20,7 +20,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from liquidc.errors import CheckpointError
+from liquidc.errors import CheckpointError, LiquidWarning
 from liquidc.ir.types import DType, TensorType
 from liquidc.records import canonical
 
@@ -44,10 +44,6 @@ DTYPES = {
 """Names of safetensors by element type; others (float8, float4) have no lowering yet."""
 _BLOCK = 1 << 24
 """Bytes that are hashed at a time."""
-
-
-class CheckpointWarning(UserWarning):
-    """A checkpoint holds something that is not used."""
 
 
 class CheckpointSource:
@@ -115,7 +111,7 @@ class CheckpointSource:
         """Compare names, shapes and element types with a model's parameters; values are not read.
 
         Warns:
-            CheckpointWarning: tensors that the model does not have.
+            LiquidWarning: tensors that the model does not have.
 
         Raises:
             CheckpointError: a tensor is missing or of another shape or kind.
@@ -142,7 +138,7 @@ class CheckpointSource:
             shown = ", ".join(extra[:3]) + (", …" if len(extra) > 3 else "")
             warnings.warn(
                 f"{self.directory}: {len(extra)} tensors that the model does not use: {shown}",
-                CheckpointWarning,
+                LiquidWarning,
                 stacklevel=2,
             )
 

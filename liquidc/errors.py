@@ -17,6 +17,10 @@ A message is one line: what is wrong, where, and what to do.
 from __future__ import annotations
 
 
+class LiquidWarning(UserWarning):
+    """Something given to liquidc is suspicious; it goes on."""
+
+
 class LiquidError(Exception):
     """The base of all of them."""
 

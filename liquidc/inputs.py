@@ -166,6 +166,9 @@ class ModuleInput:
         ):
             if type(self._config.get(attribute)) is int:
                 module.attributes.setdefault(key, self._config[attribute])
+        gate: Any = self._config.get("depth_gate")
+        if isinstance(gate, dict) and "kv_policy" in gate:
+            module.attributes.setdefault("kv_policy", str(cast(Any, gate)["kv_policy"]))
         return module
 
     def files(self) -> dict[str, bytes]:

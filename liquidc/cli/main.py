@@ -11,13 +11,14 @@ import io
 import os
 import signal
 import sys
+import warnings
 from collections.abc import Sequence
 from typing import Any, cast
 
 import click
 
 from liquidc.cli.output import emit_error
-from liquidc.errors import LiquidError
+from liquidc.errors import LiquidError, LiquidWarning
 from liquidc.knobs import debug
 from liquidc.version import __version__
 
@@ -137,7 +138,16 @@ def main() -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")
+    warnings.simplefilter("ignore")
+    warnings.simplefilter("always", LiquidWarning)
+    warnings.showwarning = _warn
     cli.main()
+
+
+def _warn(message: Warning | str, *rest: Any) -> None:
+    """Say it on one line; libraries' own warnings are for developers and stay quiet."""
+    del rest
+    click.echo(f"warning: {message}", err=True)
 
 
 if __name__ == "__main__":

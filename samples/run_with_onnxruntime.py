@@ -1,0 +1,75 @@
+"""Run a liquidc engine with ONNX Runtime alone: python samples/run_with_onnxruntime.py ENGINE TEXT.
+
+The inputs, outputs and the cache are those of docs/engine-onnx.md. Nothing of liquidc is imported.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import onnxruntime as ort
+from tokenizers import Tokenizer
+
+
+def generate(engine: Path, prompt: str, new_tokens: int) -> str:
+    """The prompt's greedy continuation; prints how many layers each token ran."""
+    manifest = json.loads((engine / "manifest.json").read_text())
+    tokenizer = Tokenizer.from_file(str(engine / "tokenizer.json"))
+    session = ort.InferenceSession(str(engine / manifest["artifact"]["model"]))
+    ids = tokenizer.encode(prompt).ids
+
+    # The cache: one buffer for each layer's keys and values, bound as past and as present.
+    sizes = {"B": 1, "S": len(ids) + new_tokens}
+    shape = [sizes.get(size, size) for size in manifest["cache"]["shape"]]
+    layers = manifest["cache"]["layers"]
+    buffers = {
+        f"{layer}.{part}": ort.OrtValue.ortvalue_from_numpy(np.zeros(shape, np.float32))
+        for layer in range(layers)
+        for part in ("key", "value")
+    }
+    kv_len = np.zeros((layers, 1), np.int64)
+    gates = len(manifest["model"]["gates"])
+    always = manifest["model"]["layers"] - gates
+
+    made: list[int] = []
+    position, new = 0, ids
+    while len(made) < new_tokens:
+        binding = session.io_binding()
+        inputs = {
+            "input_ids": np.array([new], np.int64),
+            "lengths": np.array([len(new)], np.int64),
+            "position_start": np.array([position], np.int64),
+            "logit_index": np.array([[len(new) - 1]], np.int64),
+            "gate_force": np.zeros(gates, np.int8),
+            "gate_bias": np.zeros(1, np.float32),
+            "min_depth": np.zeros(1, np.int64),
+            "kv_len": kv_len,
+        }
+        for name, value in inputs.items():
+            binding.bind_cpu_input(name, value)
+        for name, buffer in buffers.items():
+            binding.bind_ortvalue_input(f"past.{name}", buffer)
+            binding.bind_ortvalue_output(f"present.{name}", buffer)
+        rest = [o.name for o in session.get_outputs() if o.name[8:] not in buffers]
+        for name in rest:
+            binding.bind_output(name, "cpu")
+        session.run_with_iobinding(binding)
+        # Outputs come in the order in which they were bound: the caches first.
+        values = binding.get_outputs()[len(buffers) :]
+        out = {name: value.numpy() for name, value in zip(rest, values, strict=True)}
+        kv_len = out["present.kv_len"]
+        position += len(new)
+        new = [int(out["logits"][0, 0].argmax())]
+        made += new
+        depth = always + int(out["gates"][:, 0, -1].sum())
+        print(f"{tokenizer.decode(new)!r} after {depth} of {always + gates} layers")
+    return tokenizer.decode(made)
+
+
+if __name__ == "__main__":
+    if len(sys.argv) != 3:
+        sys.exit(__doc__)
+    print(generate(Path(sys.argv[1]), sys.argv[2], 32))
