@@ -29,7 +29,7 @@ class FoldConstants(Pass):
 
     After::
 
-        %t = weight weight="a.t" : f32[3, 2]     (%r is %x)
+        %t = weight weight="a.t10" : f32[3, 2]   (%r is %x)
 
     x + 0 is folded for integers only: it turns -0.0 into 0.0, as x - (-0) does.
     """
