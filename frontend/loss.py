@@ -22,13 +22,15 @@ class LossParts:
 
     total = ce + depth_coef·|depth_cost - depth_target| + router_aux_coef·router_aux
     + router_z_coef·router_z. ce is in nats per token. gates bool[G, B, T]; gate_p and gate_score
-    f32[G, B, T] carry gradients; valid bool[B, T]; expert_load f32[E] is the share of each expert.
+    f32[G, B, T] carry gradients; valid bool[B, T]; expert_load f32[E] is the share of each expert;
+    router_aux_by_layer f32[layers with experts] is router_aux of each layer by itself.
     """
 
     total: Tensor
     ce: Tensor
     depth_cost: Tensor
     router_aux: Tensor
+    router_aux_by_layer: Tensor
     router_z: Tensor
     gates: Tensor
     gate_p: Tensor
@@ -150,6 +152,7 @@ def total_loss(
     ce = (per_token * valid.flatten()).sum() / valid.sum()
     cost = depth_cost(config, steps)
     switch, z, load = router_losses(config, steps)
+    alone = [router_losses(config, [step])[0] for step in steps if step.router is not None]
     t = config.training
     total = ce + t.router_aux_coef * switch + t.router_z_coef * z
     total = total + t.depth_coef * (cost - t.depth_target).abs() * bool(config.num_gates)
@@ -161,6 +164,7 @@ def total_loss(
         ce=ce,
         depth_cost=cost,
         router_aux=switch,
+        router_aux_by_layer=torch.stack(alone) if alone else switch.new_zeros(0),
         router_z=z,
         gates=torch.stack([m for m, _ in gates]) if gates else none.to(torch.bool),
         gate_p=torch.stack([p for _, p in gates]) if gates else none,

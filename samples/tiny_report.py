@@ -160,7 +160,8 @@ def paired(worse: Evaluation, better: Evaluation) -> dict[str, float]:
     """How many bits per byte `worse` is above `better`, with its standard error."""
     gap = worse.by_window - better.by_window
     error = float(gap.std() / math.sqrt(len(gap)))
-    return {"bits": float(gap.mean()), "error": error, "errors": float(gap.mean()) / error}
+    errors = float(gap.mean()) / error if error else 0.0
+    return {"bits": float(gap.mean()), "error": error, "errors": errors}
 
 
 def kinds(windows: Tensor) -> dict[str, Tensor]:

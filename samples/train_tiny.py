@@ -3,7 +3,10 @@
 A byte-level Liquid Transformer of 8 layers and 8 experts learns language and its depth gates
 together. The gates are held open at first; then the budget loss of model spec 5.5 closes them
 straight-through, under noise on their scores that fades away, and a margin term drives the
-probabilities away from the threshold, so that decisions survive quantisation.
+probabilities away from the threshold, so that decisions survive quantisation. The experts are
+balanced layer by layer: over all layers together, a dead expert of one hides behind the others.
+
+One thread and a fixed number of steps: the same seed gives the same weights on the same processor.
 """
 
 from __future__ import annotations
@@ -11,13 +14,13 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import os
 import shutil
 import sys
 import tempfile
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -44,7 +47,7 @@ class Recipe:
     rows: int = 16
     rate: float = 3e-3
     warm_up: float = 0.02
-    weight_decay: float = 0.1
+    weight_decay: float = 0.3
     arithmetic_share: float = 0.3
     open_until: float = 0.12
     budget_full: float = 0.35
@@ -78,6 +81,7 @@ def tiny_config(rate: float = 0.55) -> LiquidConfig:
         num_key_value_heads=2,
         head_dim=32,
         max_position_embeddings=1024,
+        qk_norm="head",
         tie_word_embeddings=True,
         depth_gate=DepthGateConfig(
             layers=tuple(range(1, 7)), router_hidden_size=16, router_bias=True
@@ -85,7 +89,7 @@ def tiny_config(rate: float = 0.55) -> LiquidConfig:
         moe=MoeConfig(num_experts=8, num_experts_per_tok=2, moe_intermediate_size=128),
     )
     budget = TrainingConfig(
-        depth_target=round(gated_share(config, rate), 4), depth_coef=1.0, router_aux_coef=0.01
+        depth_target=round(gated_share(config, rate), 4), depth_coef=1.0, router_aux_coef=0.02
     )
     return replace(config, training=budget)
 
@@ -158,7 +162,7 @@ class Trainer:
         rows = tiny_data.batch(self.corpus, r.rows, LENGTH + 1, self.generator, r.arithmetic_share)
         force = torch.full((self.config.num_gates,), 0 if closed else 1, dtype=torch.int8)
         parts = self.model.loss(rows, gate_force=force, dense_estimate=True)
-        loss = parts.ce + t.router_aux_coef * parts.router_aux
+        loss = parts.ce + t.router_aux_coef * parts.router_aux_by_layer.mean()
         if closed:
             p = parts.gate_p
             coef = t.depth_coef * (0.1 + 0.9 * ramp(at, r.open_until, r.budget_full))
@@ -176,35 +180,33 @@ class Trainer:
             "loss": float(loss.detach()),
             "ce": float(parts.ce.detach()),
             "depth": float(parts.depth_cost.detach()),
-            "aux": float(parts.router_aux.detach()),
+            "aux": float(parts.router_aux_by_layer.mean().detach()),
             "norm": float(norm),
         }
 
 
-def train(trainer: Trainer, minutes: float, steps: int | None = None) -> int:
-    """Train for `minutes`, or exactly `steps` updates; the number of updates."""
+def train(trainer: Trainer, steps: int) -> None:
+    """Train, and print where it stands every twenty seconds."""
     begin = shown = time.monotonic()
-    done = 0
     sample = tiny_data.windows(trainer.corpus.heldout, LENGTH)[::15]
-    while True:
+    for step in range(steps):
+        parts = trainer.step(step / steps)
         now = time.monotonic()
-        at = done / steps if steps else (now - begin) / (60 * minutes)
-        if at >= 1:
-            return done
-        parts = trainer.step(at)
-        done += 1
-        if now - shown >= 20:
-            shown = now
-            bits, rates = tiny_report.quick(trainer.model, sample)
-            words = "  ".join(f"{name} {value:.3f}" for name, value in parts.items())
-            runs = " ".join(f"{rate:.2f}" for rate in rates)
-            print(
-                f"{100 * at:5.1f} %  step {done}  {words}  held-out {bits:.3f} bits  runs {runs}",
-                flush=True,
-            )
+        if now - shown < 20 and step + 1 < steps:
+            continue
+        shown = now
+        bits, rates = tiny_report.quick(trainer.model, sample)
+        words = "  ".join(f"{name} {value:.3f}" for name, value in parts.items())
+        runs = " ".join(f"{rate:.2f}" for rate in rates)
+        left = (now - begin) / (step + 1) * (steps - step - 1) / 60
+        print(
+            f"{step + 1:5d} of {steps}, {left:4.1f} minutes left  {words}  "
+            f"held-out {bits:.3f} bits  runs {runs}",
+            flush=True,
+        )
 
 
-def write(trainer: Trainer, out: Path, seed: int, steps: int, minutes: float) -> None:
+def write(trainer: Trainer, out: Path, facts: dict[str, Any]) -> dict[str, Any]:
     """Write the checkpoint directory with its report: aside, then renamed into place."""
     out.parent.mkdir(parents=True, exist_ok=True)
     aside = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
@@ -215,33 +217,46 @@ def write(trainer: Trainer, out: Path, seed: int, steps: int, minutes: float) ->
         text = json.dumps(generation, indent=2) + "\n"
         (aside / "generation_config.json").write_text(text, encoding="utf-8")
         (aside / "heldout.txt").write_text(trainer.corpus.heldout, encoding="utf-8")
-        facts = {"seed": seed, "steps": steps, "minutes": round(minutes, 2)}
-        tiny_report.write_report(aside, trainer.corpus, facts)
-        os.chmod(aside, 0o755)
+        share = trainer.recipe.arithmetic_share
+        report = tiny_report.write_report(aside, trainer.corpus, share, facts)
+        aside.chmod(0o755)
         if out.exists():
             shutil.rmtree(out)
         aside.rename(out)
     except BaseException:
         shutil.rmtree(aside, ignore_errors=True)
         raise
+    return report
 
 
 def main(argv: list[str] | None = None) -> None:
     """Train, evaluate, write."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--minutes", type=float, default=20.0, help="time to train (default 20)")
-    parser.add_argument("--steps", type=int, help="exactly so many updates, whatever the time")
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog="Example: python samples/train_tiny.py --out /tmp/tiny --steps 200",
+    )
+    here = Path(__file__).resolve().parent
+    parser.add_argument("--out", type=Path, default=here / "tiny-liquid", help="what to write")
+    parser.add_argument("--steps", type=int, default=1300, help="updates (default 1300)")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", type=Path, required=True, help="directory to write")
+    parser.add_argument("--force", action="store_true", help="replace OUT if it is there")
     args = parser.parse_args(argv)
-    torch.set_num_threads(2)
+    if args.steps < 1:
+        parser.error("--steps must be 1 or more")
+    if args.out.exists() and not args.force:
+        parser.error(f"{args.out} exists: --force replaces it")
+    torch.set_num_threads(1)
+    torch.set_flush_denormal(True)
     trainer = Trainer(tiny_config(), Recipe(), args.seed)
     count = sum(p.numel() for p in trainer.model.parameters())
     print(f"{count / 1e6:.2f} M parameters, depth target {trainer.config.training.depth_target}")
     begin = time.monotonic()
-    steps = train(trainer, args.minutes, args.steps)
-    write(trainer, args.out, args.seed, steps, (time.monotonic() - begin) / 60)
-    print(f"wrote {args.out} after {steps} steps")
+    train(trainer, args.steps)
+    minutes = (time.monotonic() - begin) / 60
+    facts = {"seed": args.seed, "steps": args.steps, "minutes": minutes}
+    report = write(trainer, args.out, facts)
+    print(f"wrote {args.out}: {report['bits_per_byte']:.3f} bits per byte on held-out text")
 
 
 if __name__ == "__main__":
