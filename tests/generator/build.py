@@ -8,7 +8,7 @@ from contextlib import contextmanager
 
 import torch
 
-from liquidc.ir import Block, DType, Function, Module, Op, TensorType, Value, ops
+from liquidc.ir import Block, DType, Function, Location, Module, Op, TensorType, Value, ops
 from liquidc.ir import weights as lazy
 
 WIDTH = 8
@@ -44,7 +44,9 @@ class Builder:
         return self.emit(op)[0]
 
     def emit(self, op: Op) -> list[Value]:
-        """Emit an op."""
+        """Emit an op, some with the place of the model that they come from."""
+        if self.chance(10):
+            op.loc = Location('a "model".py', len(self.block.ops) + 1)
         return self.block.append(op).results
 
     @contextmanager

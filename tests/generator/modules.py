@@ -55,6 +55,7 @@ def example(rng: random.Random) -> Example:
     b.emit(ops.Return(list(results.values())))
     function.result_names = tuple(results)
     b.module.add(function.clone("decode"))
+    b.module.attributes |= {"layers": layers, "gates": len(step.gates), "eps": 0.01}
     calls = [("prefill", regime, _inputs(b, layers, regime, False)) for regime in REGIMES]
     calls += [("decode", regime, _inputs(b, layers, regime, True)) for regime in REGIMES]
     return Example(b.module, b.tensors, tuple(calls))

@@ -22,7 +22,7 @@ EXAMPLES = examples()
 FEW = settings(
     max_examples=12, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck)
 )
-MANY = settings(FEW, max_examples=300)
+MANY = settings(FEW, max_examples=150)
 
 
 @FEW
