@@ -20,7 +20,7 @@ def examples(draw: st.DrawFn) -> Example:
 
 EXAMPLES = examples()
 FEW = settings(
-    max_examples=12, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck)
+    max_examples=10, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck)
 )
 MANY = settings(FEW, max_examples=150)
 
@@ -44,7 +44,7 @@ def test_pass_keeps_its_contract_and_a_second_run_changes_nothing(name: str, mad
     assert print_module(transformed(STEPS[name], once.module)) == print_module(once.module)
 
 
-@settings(FEW, max_examples=6)
+@settings(FEW, max_examples=5)
 @given(EXAMPLES)
 def test_passes_keep_their_contracts_on_what_others_made(made: Example) -> None:
     for name in DEFAULT_PIPELINE:
