@@ -51,8 +51,8 @@ class Recipe:
     arithmetic_share: float = 0.3
     open_until: float = 0.12
     budget_full: float = 0.35
-    noise: float = 1.0
-    noise_until: float = 0.75
+    noise: float = 0.5
+    noise_until: float = 0.5
     margin_from: float = 0.4
     margin: float = 0.4
     spread: float = 2.0
@@ -140,8 +140,10 @@ class Trainer:
                 if name.endswith(("o_proj.weight", "down_proj")):
                     parameter.mul_((2 * config.num_hidden_layers) ** -0.5)
         self.noise = ScoreNoise(self.model, self.generator)
-        matrices = [p for p in self.model.parameters() if p.ndim >= 2]
-        vectors = [p for p in self.model.parameters() if p.ndim < 2]
+        # Decay would make the gates' scores the same for every token: they get none.
+        named = list(self.model.named_parameters())
+        matrices = [p for name, p in named if p.ndim >= 2 and "depth_gate" not in name]
+        vectors = [p for name, p in named if p.ndim < 2 or "depth_gate" in name]
         self.optimizer = torch.optim.AdamW(
             [
                 {"params": matrices, "weight_decay": recipe.weight_decay},

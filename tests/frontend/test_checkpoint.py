@@ -1,0 +1,204 @@
+"""Checkpoint directories: what is written is read back, and what is wrong is refused by name."""
+
+from __future__ import annotations
+
+import json
+import struct
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
+
+from liquidc.errors import CheckpointError, LiquidWarning
+from liquidc.frontend.checkpoint import INDEX, SINGLE, CheckpointSource
+from liquidc.frontend.config import LiquidConfig
+from liquidc.frontend.model import LiquidForCausalLM
+from liquidc.ir import DType, TensorType
+
+CONFIG = {
+    "model_type": "liquid",
+    "liquid_version": 1,
+    "vocab_size": 16,
+    "hidden_size": 8,
+    "intermediate_size": 8,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "depth_gate": {"layers": [1], "kv_policy": "drop"},
+}
+NAME = "model.layers.1.self_attn.q_proj.weight"
+
+
+@pytest.fixture
+def directory(tmp_path: Path) -> Path:
+    torch.manual_seed(0)
+    LiquidForCausalLM(LiquidConfig.from_dict(CONFIG)).save_directory(tmp_path / "model")
+    return tmp_path / "model"
+
+
+def edit(directory: Path, change: Callable[[dict[str, torch.Tensor]], object]) -> None:
+    tensors = load_file(directory / SINGLE)
+    change(tensors)
+    save_file(tensors, directory / SINGLE)
+
+
+def shard(directory: Path) -> dict[str, str]:
+    """The checkpoint in two files; returns the index's map."""
+    tensors = load_file(directory / SINGLE)
+    (directory / SINGLE).unlink()
+    places = {name: f"part-{i % 2}.safetensors" for i, name in enumerate(tensors)}
+    for file in sorted(set(places.values())):
+        save_file({n: t for n, t in tensors.items() if places[n] == file}, directory / file)
+    (directory / INDEX).write_text(json.dumps({"weight_map": places}))
+    return places
+
+
+def test_round_trip(directory: Path, tmp_path: Path) -> None:
+    model = LiquidForCausalLM.from_directory(directory)
+    model.save_directory(tmp_path / "again")
+    for name in (SINGLE, "config.json"):
+        assert (directory / name).read_bytes() == (tmp_path / "again" / name).read_bytes()
+    assert [p.name for p in (tmp_path / "again").iterdir() if p.name.startswith(".")] == []
+
+
+def test_rows_types_and_hash(directory: Path) -> None:
+    source, tensors = CheckpointSource(directory), load_file(directory / SINGLE)
+    assert source.types() == {
+        name: TensorType(DType.F32, tuple(tensor.shape)) for name, tensor in tensors.items()
+    }
+    assert torch.equal(source.read_rows(NAME, 2, 5), tensors[NAME][2:5])
+    before = source.sha256
+    edit(directory, lambda t: t[NAME].add_(1))
+    assert CheckpointSource(directory).sha256 != before
+
+
+def test_shards_are_one_checkpoint(directory: Path) -> None:
+    whole = LiquidForCausalLM.from_directory(directory).state_dict()
+    shard(directory)
+    parts = LiquidForCausalLM.from_directory(directory).state_dict()
+    assert all(torch.equal(whole[name], parts[name]) for name in whole)
+
+
+def test_other_float_types_are_read(directory: Path) -> None:
+    want = load_file(directory / SINGLE)[NAME].to(torch.bfloat16)
+    edit(directory, lambda t: t.update({NAME: want}))
+    model = LiquidForCausalLM.from_directory(directory)
+    assert torch.equal(model.state_dict()[NAME], want.float())
+
+
+def test_unused_tensors_warn(directory: Path) -> None:
+    edit(directory, lambda t: t.update({"more.weight": torch.ones(2)}))
+    with pytest.warns(LiquidWarning, match=r"1 tensors that the model does not use: more\.weight"):
+        LiquidForCausalLM.from_directory(directory)
+
+
+TENSORS = {
+    "missing": (lambda t: t.pop(NAME), rf"the tensor {NAME} is missing"),
+    "two missing": (lambda t: [t.pop(n) for n in list(t)[:2]], r"is missing \(and 1 more\)"),
+    "shape": (
+        lambda t: t.update({NAME: torch.ones(3, 5)}),
+        rf"{NAME} has the shape \[3, 5\], the config asks for \[8, 8\]",
+    ),
+    "integers": (
+        lambda t: t.update({NAME: t[NAME].to(torch.int32)}),
+        rf"{NAME} has elements of i32, not floating-point ones",
+    ),
+    "float8": (
+        lambda t: t.update({NAME: t[NAME].to(torch.float8_e4m3fn)}),
+        rf"{NAME} has elements of F8_E4M3; liquidc reads F64, F32",
+    ),
+    "nan": (lambda t: t[NAME].view(-1)[:1].fill_(torch.nan), rf"{NAME} holds NaN or infinity"),
+    "infinity": (lambda t: t[NAME][7].fill_(torch.inf), rf"{NAME} holds NaN or infinity"),
+}
+
+
+@pytest.mark.parametrize("kind", TENSORS)
+def test_tensors_that_do_not_fit(kind: str, directory: Path) -> None:
+    change, message = TENSORS[kind]
+    edit(directory, change)
+    with pytest.raises(CheckpointError, match=message):
+        LiquidForCausalLM.from_directory(directory)
+
+
+def test_damaged_files(directory: Path) -> None:
+    path = directory / SINGLE
+    whole = path.read_bytes()
+    for broken in (whole[:-1], whole[:9], b"", b"\xff" * 8 + whole[8:], whole + b"x"):
+        path.write_bytes(broken)
+        with pytest.raises(CheckpointError, match="truncated or damaged"):
+            CheckpointSource(directory)
+
+
+def test_pickles_are_refused(directory: Path) -> None:
+    (directory / SINGLE).unlink()
+    torch.save({}, directory / "pytorch_model.bin")
+    with pytest.raises(CheckpointError, match=r"pickle can run code.*save_model"):
+        CheckpointSource(directory)
+
+
+def test_no_weights(directory: Path) -> None:
+    (directory / SINGLE).unlink()
+    with pytest.raises(CheckpointError, match=r"has neither model\.safetensors nor"):
+        CheckpointSource(directory)
+
+
+@pytest.mark.parametrize("file", ["../a.safetensors", "/a.safetensors", "a/b.safetensors", "..", 3])
+def test_the_index_stays_in_its_directory(file: object, directory: Path) -> None:
+    places: dict[str, object] = dict(shard(directory))
+    places[NAME] = file
+    (directory / INDEX).write_text(json.dumps({"weight_map": places}))
+    with pytest.raises(CheckpointError, match=r"no plain file name|is not \.safetensors"):
+        CheckpointSource(directory)
+
+
+def test_an_index_that_lies(directory: Path) -> None:
+    places = shard(directory)
+    other = {"part-0.safetensors": "part-1.safetensors"}
+    moved = {**places, NAME: other.get(places[NAME], "part-0.safetensors")}
+    cases = {
+        json.dumps({"weight_map": moved}): f"lacks {NAME}",
+        json.dumps({"weight_map": {**places, NAME: "gone.safetensors"}}): "missing; the checkpoint",
+        json.dumps({"weight_map": {NAME: "model.bin"}}): r"not \.safetensors",
+        json.dumps({"weight_map": []}): "no weight_map",
+        "[" * 100_000: "not valid JSON",
+        "3": "no weight_map",
+    }
+    for text, message in cases.items():
+        (directory / INDEX).write_text(text)
+        with pytest.raises(CheckpointError, match=message):
+            CheckpointSource(directory)
+
+
+def test_a_tensor_in_two_shards(directory: Path) -> None:
+    places = shard(directory)
+    for file in set(places.values()):
+        tensors = load_file(directory / file)
+        save_file({**tensors, "twice": torch.ones(1)}, directory / file)
+    with pytest.raises(CheckpointError, match="twice is both in"):
+        CheckpointSource(directory)
+
+
+HEADER = {"a": {"dtype": "F32", "shape": [2, 3], "data_offsets": [0, 24]}}
+
+
+@settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck))
+@given(st.data())
+def test_headers_are_fuzzed(tmp_path: Path, data: st.DataObject) -> None:
+    """Whatever the bytes, the only error is ours."""
+    text = bytearray(json.dumps(HEADER).encode())
+    for _ in range(data.draw(st.integers(0, 4))):
+        text[data.draw(st.integers(0, len(text) - 1))] = data.draw(st.integers(0, 255))
+    length = data.draw(st.one_of(st.just(len(text)), st.integers(0, 2**64 - 1)))
+    body = data.draw(st.one_of(st.just(bytes(24)), st.binary(max_size=40)))
+    (tmp_path / SINGLE).write_bytes(struct.pack("<Q", length) + text + body)
+    message = ""
+    try:
+        source = CheckpointSource(tmp_path)
+        for name in source.types():
+            source.read(name)
+    except CheckpointError as error:
+        message = str(error)
+    assert "\n" not in message
