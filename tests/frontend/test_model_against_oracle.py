@@ -7,7 +7,7 @@ keeps them away from ties, and the edge cases tie exactly.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import numpy as np
 import pytest
@@ -24,15 +24,6 @@ DTYPES = {torch.float32: np.float32, torch.float64: np.float64}
 
 each_case = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 each_dtype = pytest.mark.parametrize("dtype", list(DTYPES), ids=["float32", "float64"])
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread() -> Iterator[None]:
-    """Tensors this small are computed twenty times faster by one thread than by two."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @each_dtype
