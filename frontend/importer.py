@@ -44,7 +44,7 @@ _PICKS = ("<built-in function getitem>",)
 
 _FRAME = re.compile(r'File "(?P<file>[^"]+)", line (?P<line>\d+), in \S+\n\s*(?P<code>[^\n]*)')
 _PACKAGE = Path(__file__).resolve().parent.parent
-_PLUMBING = ("protocol.py", "semantic_ops.py", "semantic_import.py", "trace.py")
+_PLUMBING = ("protocol.py", "semantic_ops.py", "semantic_import.py", "parts.py", "trace.py")
 """Files of the frontend whose lines are never the user's."""
 
 
