@@ -1,17 +1,20 @@
 """Checkpoint directories: safetensors files beside a config.json, read lazily and checked.
 
-The safetensors library parses the headers (it refuses wrong lengths, overlaps and holes); here
-their content is compared with what the index and the model say.
+The safetensors library checks the headers (it refuses wrong lengths, overlaps and holes); here
+their content is compared with what the index and the model say. Rows are read into memory of
+their own: the library maps files, and every mapped page that was touched counts as resident.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import math
 import shutil
 import tempfile
 import warnings
 from collections.abc import Mapping
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -22,6 +25,7 @@ from safetensors.torch import save_file
 
 from liquidc.errors import CheckpointError, LiquidWarning
 from liquidc.ir.types import DType, TensorType
+from liquidc.ir.weights import torch_dtype
 from liquidc.records import canonical
 
 if TYPE_CHECKING:
@@ -46,6 +50,16 @@ _BLOCK = 1 << 24
 """Bytes that are hashed at a time."""
 
 
+@dataclass(frozen=True, slots=True)
+class _Entry:
+    """Where a tensor is: its file, element type by the name of safetensors, shape, first byte."""
+
+    file: str
+    dtype: str
+    shape: tuple[int, ...]
+    offset: int
+
+
 class CheckpointSource:
     """The tensors of a directory by name, read row by row; a `WeightSource`.
 
@@ -55,14 +69,15 @@ class CheckpointSource:
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
-        self._files = {path.name: _open(path) for path in _weight_files(directory)}
-        self._file_of = _places(directory, self._files)
+        files = {path.name: _read_header(path) for path in _weight_files(directory)}
+        self._files = sorted(files)
+        self._entries = _merge(directory, files)
 
     @cached_property
     def sha256(self) -> str:
         """Hash of config.json and the weight files, in the order of their names."""
         digest = hashlib.sha256()
-        for name in ("config.json", *sorted(self._files)):
+        for name in ("config.json", *self._files):
             with (self.directory / name).open("rb") as file:
                 while block := file.read(_BLOCK):
                     digest.update(block)
@@ -74,25 +89,32 @@ class CheckpointSource:
         Raises:
             CheckpointError: an element type is not supported.
         """
-        return {name: self._type(name) for name in sorted(self._file_of)}
+        return {name: self._type(name) for name in sorted(self._entries)}
 
     def _type(self, name: str) -> TensorType:
-        view = self._files[self._file_of[name]].get_slice(name)
-        if view.get_dtype() not in DTYPES:
+        entry = self._entries[name]
+        if entry.dtype not in DTYPES:
             raise CheckpointError(
-                f"{self._where(name)} has elements of {view.get_dtype()}; "
+                f"{self._where(name)} has elements of {entry.dtype}; "
                 f"liquidc reads {', '.join(DTYPES)}: convert the checkpoint"
             )
-        return TensorType(DTYPES[view.get_dtype()], tuple(view.get_shape()))
+        return TensorType(DTYPES[entry.dtype], entry.shape)
 
     def read_rows(self, name: str, start: int, stop: int) -> torch.Tensor:
         """Rows `start:stop` of a tensor as stored; a scalar counts as one row.
 
         Raises:
-            CheckpointError: they hold NaN or infinity.
+            CheckpointError: they hold NaN or infinity, or the file is shorter than it was.
         """
-        view = self._files[self._file_of[name]].get_slice(name)
-        rows: torch.Tensor = view[start:stop] if view.get_shape() else view[...].reshape(1)
+        entry, dtype = self._entries[name], self._type(name).dtype
+        inner = entry.shape[1:]
+        row = math.prod(inner) * dtype.bytes
+        data = torch.empty((stop - start) * row, dtype=torch.uint8)
+        with (self.directory / entry.file).open("rb") as file:
+            file.seek(entry.offset + start * row)
+            if file.readinto(cast(Any, data.numpy())) != len(data):
+                raise CheckpointError(f"{self._where(name)} ends early; the file was changed")
+        rows = data.view(torch_dtype(dtype)).reshape(stop - start, *inner)
         if rows.is_floating_point() and not bool(rows.isfinite().all()):
             raise CheckpointError(f"{self._where(name)} holds NaN or infinity; nothing can use it")
         return rows
@@ -103,9 +125,8 @@ class CheckpointSource:
         Raises:
             CheckpointError: it holds NaN or infinity.
         """
-        shape = self._type(name).shape
-        rows = shape[0] if shape else 1
-        return self.read_rows(name, 0, cast(int, rows)).reshape(cast(Any, shape))
+        shape = self._entries[name].shape
+        return self.read_rows(name, 0, shape[0] if shape else 1).reshape(shape)
 
     def check(self, model: nn.Module) -> None:
         """Compare names, shapes and element types with a model's parameters; values are not read.
@@ -143,7 +164,7 @@ class CheckpointSource:
             )
 
     def _where(self, name: str) -> str:
-        return f"{self.directory / self._file_of[name]}: the tensor {name}"
+        return f"{self.directory / self._entries[name].file}: the tensor {name}"
 
 
 def load_into(model: nn.Module, directory: Path) -> None:
@@ -178,6 +199,8 @@ def save(model: nn.Module, config: Mapping[str, Any], directory: Path) -> None:
 
 def _weight_files(directory: Path) -> list[Path]:
     """The safetensors files of a directory, in the order of their names."""
+    if not directory.is_dir():
+        raise CheckpointError(f"{directory}: no such directory; give a model directory")
     if (directory / SINGLE).exists():
         return [directory / SINGLE]
     if (directory / INDEX).exists():
@@ -201,6 +224,8 @@ def _read_index(directory: Path) -> dict[str, str]:
     path = directory / INDEX
     try:
         content: Any = json.loads(path.read_bytes())
+    except OSError as error:
+        raise CheckpointError(f"{path}: can't be read ({error.strerror})") from None
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path}: not valid JSON ({error})") from None
     entries = cast(dict[str, Any], content).get("weight_map") if type(content) is dict else None
@@ -211,11 +236,15 @@ def _read_index(directory: Path) -> dict[str, str]:
             raise CheckpointError(f"{path}: {name} is in {file!r}, which is no plain file name")
         if not file.endswith(".safetensors"):
             raise CheckpointError(f"{path}: {name} is in {file!r}, which is not .safetensors")
+        if (directory / file).resolve().parent != directory.resolve():
+            raise CheckpointError(
+                f"{directory / file}: a link out of the directory; put the file itself there"
+            )
     return cast(dict[str, str], entries)
 
 
-def _open(path: Path) -> Any:
-    """A safetensors file with a sound header.
+def _read_header(path: Path) -> dict[str, _Entry]:
+    """The tensors of a safetensors file, by its header (its length in 8 bytes, then JSON).
 
     Raises:
         CheckpointError: it is missing or damaged.
@@ -223,29 +252,42 @@ def _open(path: Path) -> Any:
     if not path.is_file():
         raise CheckpointError(f"{path}: missing; the checkpoint is incomplete, download it again")
     try:
-        return safe_open(path, framework="pt")
+        with safe_open(path, framework="pt"):
+            pass
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            header: dict[str, Any] = json.loads(file.read(length))
     except (SafetensorError, ValueError) as error:
         raise CheckpointError(
             f"{path}: truncated or damaged ({error}); download it again"
         ) from None
     except OSError as error:
         raise CheckpointError(f"{path}: can't be read ({error.strerror or error})") from None
+    header.pop("__metadata__", None)
+    return {
+        name: _Entry(
+            path.name, told["dtype"], tuple(told["shape"]), 8 + length + told["data_offsets"][0]
+        )
+        for name, told in header.items()
+    }
 
 
-def _places(directory: Path, files: Mapping[str, Any]) -> dict[str, str]:
-    """The file of each tensor.
+def _merge(directory: Path, files: Mapping[str, Mapping[str, _Entry]]) -> dict[str, _Entry]:
+    """The tensors of all files.
 
     Raises:
         CheckpointError: two files hold a tensor, or the index names one that its file lacks.
     """
-    places: dict[str, str] = {}
-    for file, opened in files.items():
-        for name in opened.keys():
-            if name in places:
-                raise CheckpointError(f"{directory}: {name} is both in {places[name]} and {file}")
-            places[name] = file
+    merged: dict[str, _Entry] = {}
+    for file, entries in files.items():
+        for name, entry in entries.items():
+            if name in merged:
+                raise CheckpointError(
+                    f"{directory}: {name} is both in {merged[name].file} and {file}"
+                )
+            merged[name] = entry
     if SINGLE not in files:
         for name, file in _read_index(directory).items():
-            if places.get(name) != file:
+            if name not in files[file]:
                 raise CheckpointError(f"{directory / file}: lacks {name}, which {INDEX} puts there")
-    return places
+    return merged

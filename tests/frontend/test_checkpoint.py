@@ -75,6 +75,32 @@ def test_rows_types_and_hash(directory: Path) -> None:
     assert CheckpointSource(directory).sha256 != before
 
 
+def test_tied_embeddings_are_stored_once(tmp_path: Path) -> None:
+    config = LiquidConfig.from_dict({**CONFIG, "tie_word_embeddings": True})
+    LiquidForCausalLM(config).save_directory(tmp_path)
+    assert "lm_head.weight" not in load_file(tmp_path / SINGLE)
+    model = LiquidForCausalLM.from_directory(tmp_path)
+    x = torch.randn(1, 2, 8)
+    embedded = model.model.norm(x) @ model.model.embed_tokens.weight.T
+    torch.testing.assert_close(model.head(x), embedded)
+
+
+def test_reading_maps_no_file(directory: Path) -> None:
+    """Pages of a mapped file would count as resident, so that memory grew with the model."""
+    source = CheckpointSource(directory)
+    for name in source.types():
+        source.read(name)
+    assert str(directory) not in Path("/proc/self/maps").read_text()
+
+
+def test_a_file_that_shrinks_while_it_is_read(directory: Path) -> None:
+    source, path = CheckpointSource(directory), directory / SINGLE
+    path.write_bytes(path.read_bytes()[:-4])
+    last = max(source.types(), key=lambda name: source._entries[name].offset)
+    with pytest.raises(CheckpointError, match=f"{last} ends early"):
+        source.read(last)
+
+
 def test_shards_are_one_checkpoint(directory: Path) -> None:
     whole = LiquidForCausalLM.from_directory(directory).state_dict()
     shard(directory)
@@ -154,6 +180,28 @@ def test_the_index_stays_in_its_directory(file: object, directory: Path) -> None
         CheckpointSource(directory)
 
 
+def test_shards_are_no_links_out(directory: Path, tmp_path: Path) -> None:
+    file = shard(directory)[NAME]
+    (directory / file).rename(tmp_path / "elsewhere.safetensors")
+    (directory / file).symlink_to(tmp_path / "elsewhere.safetensors")
+    with pytest.raises(CheckpointError, match=f"{file}: a link out of the directory"):
+        CheckpointSource(directory)
+
+
+def test_what_is_no_directory_or_no_file(directory: Path) -> None:
+    for path in (directory / "none", directory / SINGLE):
+        with pytest.raises(CheckpointError, match="no such directory"):
+            CheckpointSource(path)
+    (directory / SINGLE).unlink()
+    (directory / INDEX).mkdir()
+    with pytest.raises(CheckpointError, match=r"can't be read \(Is a directory\)"):
+        CheckpointSource(directory)
+
+
+def test_the_exit_code() -> None:
+    assert CheckpointError("").exit_code == 2
+
+
 def test_an_index_that_lies(directory: Path) -> None:
     places = shard(directory)
     other = {"part-0.safetensors": "part-1.safetensors"}
@@ -184,13 +232,34 @@ def test_a_tensor_in_two_shards(directory: Path) -> None:
 HEADER = {"a": {"dtype": "F32", "shape": [2, 3], "data_offsets": [0, 24]}}
 
 
-@settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck))
+VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers(-3, 2**70) | st.floats() | st.sampled_from(["F32", ""]),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner),
+    max_leaves=6,
+)
+
+
+def mutated(data: st.DataObject) -> bytes:
+    """A header with bytes changed, with one field changed, or no header at all."""
+    kind = data.draw(st.sampled_from(["bytes", "field", "any"]))
+    if kind == "any":
+        return data.draw(st.binary(max_size=60))
+    header = {"a": dict(HEADER["a"])}
+    if kind == "field":
+        place = data.draw(st.sampled_from([header, header["a"]]))
+        key = data.draw(st.sampled_from([*place, "__metadata__", "b"]))
+        place[key] = data.draw(VALUES)
+    text = bytearray(json.dumps(header).encode())
+    for _ in range(data.draw(st.integers(0, 4)) if kind == "bytes" else 0):
+        text[data.draw(st.integers(0, len(text) - 1))] = data.draw(st.integers(0, 255))
+    return bytes(text)
+
+
+@settings(max_examples=200, deadline=None, suppress_health_check=list(HealthCheck))
 @given(st.data())
 def test_headers_are_fuzzed(tmp_path: Path, data: st.DataObject) -> None:
-    """Whatever the bytes, the only error is ours."""
-    text = bytearray(json.dumps(HEADER).encode())
-    for _ in range(data.draw(st.integers(0, 4))):
-        text[data.draw(st.integers(0, len(text) - 1))] = data.draw(st.integers(0, 255))
+    """Whatever the bytes, the only error is ours, on one line."""
+    text = mutated(data)
     length = data.draw(st.one_of(st.just(len(text)), st.integers(0, 2**64 - 1)))
     body = data.draw(st.one_of(st.just(bytes(24)), st.binary(max_size=40)))
     (tmp_path / SINGLE).write_bytes(struct.pack("<Q", length) + text + body)
