@@ -110,6 +110,16 @@ def _pow(imp: Importer, node: fx.Node) -> Value:
     return imp.emit(ops.Mul(x, x), node).y
 
 
+@translates("aten.clamp.default", "aten.clamp.Tensor")
+def _clamp(imp: Importer, node: fx.Node) -> Value:
+    out = _out(imp, node)
+    x = imp.cast(imp.arg(node, 0), out.dtype)
+    for cls, index, name in ((ops.Maximum, 1, "min"), (ops.Minimum, 2, "max")):
+        if (bound := imp.arg(node, index, name)) is not None:
+            x = imp.emit(cls(x, imp.operand(bound, out.dtype)), node).result
+    return x
+
+
 @translates("aten.gelu.default")
 def _gelu(imp: Importer, node: fx.Node) -> Value:
     how = str(node.kwargs.get("approximate", "none"))
