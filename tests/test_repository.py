@@ -1,4 +1,4 @@
-"""The shape of the repository: who imports whom, how long files are, what is pinned and documented."""
+"""The shape of the repository: imports, length of files, pinned and documented dependencies."""
 
 from __future__ import annotations
 

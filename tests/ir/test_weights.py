@@ -1,0 +1,113 @@
+"""Lazy weights: any box of an expression is what torch computes, and only that is read."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from liquidc.ir import DType, TensorType
+from liquidc.ir.weights import (
+    Cast,
+    Concat,
+    Select,
+    Slice,
+    Stack,
+    Stored,
+    Transpose,
+    WeightExpr,
+    evaluate,
+    sizes,
+)
+
+
+class Source:
+    """Tensors in memory; counts the elements that are read."""
+
+    def __init__(self) -> None:
+        self.tensors: dict[str, torch.Tensor] = {}
+        self.read = 0
+
+    def read_rows(self, name: str, start: int, stop: int) -> torch.Tensor:
+        tensor = self.tensors[name]
+        rows = (tensor if tensor.dim() else tensor.reshape(1))[start:stop]
+        self.read += rows.numel()
+        return rows
+
+    def stored(self, *shape: int) -> tuple[WeightExpr, torch.Tensor]:
+        name = f"t{len(self.tensors)}"
+        count = math.prod(shape)
+        self.tensors[name] = torch.arange(count, dtype=torch.float32).reshape(shape) + 1000 * len(
+            self.tensors
+        )
+        return Stored(name, TensorType(DType.F32, shape)), self.tensors[name]
+
+
+@st.composite
+def expressions(draw: st.DrawFn) -> tuple[Source, WeightExpr, torch.Tensor]:
+    """An expression and the tensor that it means."""
+    source = Source()
+    shape = draw(st.lists(st.integers(1, 4), min_size=1, max_size=3))
+    expr, value = source.stored(*shape)
+    for _ in range(draw(st.integers(0, 4))):
+        rank = value.dim()
+        kind = draw(st.sampled_from(["slice", "select", "transpose", "concat", "stack", "cast"]))
+        if kind == "slice" and rank:
+            dim = draw(st.integers(0, rank - 1))
+            start = draw(st.integers(0, value.shape[dim] - 1))
+            stop = draw(st.integers(start + 1, value.shape[dim]))
+            expr, value = Slice(expr, dim, start, stop), value.narrow(dim, start, stop - start)
+        elif kind == "select" and rank > 1:
+            index = draw(st.integers(0, value.shape[0] - 1))
+            expr, value = Select(expr, index), value[index]
+        elif kind == "transpose" and rank > 1:
+            perm = draw(st.permutations(range(rank)))
+            expr, value = Transpose(expr, tuple(perm)), value.permute(perm)
+        elif kind in ("concat", "stack") and rank:
+            other, more = source.stored(*value.shape)
+            if value.dtype != torch.float32:
+                other, more = Cast(other, expr.type.dtype), more.to(value.dtype)
+            if kind == "stack":
+                expr, value = Stack((expr, other)), torch.stack([value, more])
+            else:
+                dim = draw(st.integers(0, rank - 1))
+                expr, value = Concat((expr, other), dim), torch.cat([value, more], dim)
+        elif kind == "cast":
+            expr, value = Cast(expr, DType.F64), value.double()
+    return source, expr, value
+
+
+@settings(max_examples=200, deadline=None)
+@given(expressions(), st.data())
+def test_every_box(made: tuple[Source, WeightExpr, torch.Tensor], data: st.DataObject) -> None:
+    source, expr, value = made
+    assert expr.type.shape == tuple(value.shape)
+    box = []
+    for size in sizes(expr.type.shape):
+        start = data.draw(st.integers(0, size - 1))
+        box.append((start, data.draw(st.integers(start + 1, size))))
+    wanted = value[tuple(slice(*pair) for pair in box)]
+    read = expr.read(source, tuple(box))
+    assert read.dtype == value.dtype
+    assert torch.equal(read, wanted)
+
+
+@settings(max_examples=100, deadline=None)
+@given(expressions())
+def test_evaluated_in_blocks(made: tuple[Source, WeightExpr, torch.Tensor]) -> None:
+    source, expr, value = made
+    parts = [block.reshape(-1) for block in evaluate(expr, source)]
+    assert torch.equal(torch.cat(parts), value.reshape(-1))
+    assert set(expr.sources()) <= source.tensors.keys()
+
+
+def test_a_row_of_a_stack_reads_one_part() -> None:
+    source = Source()
+    parts = [source.stored(8, 16)[0] for _ in range(4)]
+    Stack(tuple(parts)).read(source, ((2, 3), (0, 8), (0, 16)))
+    assert source.read == 8 * 16
+    source.read = 0
+    Concat(tuple(parts), 0).read(source, ((9, 11), (0, 16)))
+    assert source.read == 2 * 16
