@@ -187,10 +187,18 @@ class MoeConfig:
         f.finish()
         if moe.num_experts:
             moe._check(f)
+        else:
+            f.refuse_if(not every, "layers", "all with num_experts 0, which has no experts")
+            f.refuse_if(
+                moe.shared_intermediate_size > 0, "shared_intermediate_size", "0 with num_experts 0"
+            )
         return moe
 
     def _check(self, f: Fields) -> None:
         experts, groups = self.num_experts, self.n_group
+        f.refuse_if(
+            not self.layers, "layers", f"all, or one layer at least, with num_experts {experts}"
+        )
         f.refuse_if(
             self.num_experts_per_tok > experts,
             "num_experts_per_tok",
@@ -346,8 +354,6 @@ class LiquidConfig:
     def to_dict(self) -> dict[str, Any]:
         """The JSON form; `from_dict` reads back an equal config."""
         data: dict[str, Any] = {"model_type": "liquid", "liquid_version": 1, **asdict(self)}
-        if self.depth_gate.router_type == "linear":
-            data["depth_gate"]["router_act"] = "none"
         return json.loads(json.dumps(data))
 
     def _check(self, f: Fields) -> None:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Iterable
 from typing import Any, NoReturn, cast
 
 from liquidc.errors import ConfigError
 
 _MISSING: Any = object()
+_LARGEST = 2**31 - 1
+"""Of any integer: a larger size is a mistake, and PyTorch may not hold it."""
 
 
 class Fields:
@@ -30,7 +33,7 @@ class Fields:
 
     def refuse(self, name: str, allowed: str) -> NoReturn:
         """Raise the error for the field `name`: its value and what is `allowed`."""
-        value = f"is {self._data[name]!r}" if name in self._data else "is not given"
+        value = f"is {self._data[name]!r:.80}" if name in self._data else "is not given"
         raise ConfigError(f"{self._prefix}{name} {value}; it must be {allowed}")
 
     def refuse_if(self, wrong: bool, name: str, allowed: str) -> None:
@@ -82,14 +85,12 @@ class Fields:
         return value
 
     def integer(
-        self, name: str, default: int = _MISSING, *, least: int, most: int | None = None
+        self, name: str, default: int = _MISSING, *, least: int, most: int = _LARGEST
     ) -> int:
         """An integer from `least` to `most`."""
         value = self.get(name, default)
-        low = not isinstance(value, int) or isinstance(value, bool) or value < least
-        if low or (most is not None and value > most):
-            upper = "" if most is None else f" to {most}"
-            self.refuse(name, f"an integer from {least}{upper}" if upper else f"{least} or more")
+        if type(value) is not int or not least <= value <= most:
+            self.refuse(name, f"an integer from {least} to {most}")
         return value
 
     def optional_integer(self, name: str) -> int | None:
@@ -108,11 +109,7 @@ class Fields:
     ) -> float:
         """A finite number in [least, most], (above, below)."""
         value = self.get(name, default)
-        if (
-            not isinstance(value, int | float)
-            or isinstance(value, bool)
-            or not math.isfinite(value)
-        ):
+        if type(value) not in (int, float) or not abs(value) <= sys.float_info.max:
             self.refuse(name, "a finite number")
         if not (least <= value <= most and above < value < below):
             bounds = {"at least": least, "at most": most, "above": above, "below": below}
@@ -124,7 +121,7 @@ class Fields:
         """A list of distinct layer indices, in ascending order; default empty."""
         value = self.get(name, [])
         items: list[Any] = list(value) if isinstance(value, list | tuple) else [None]
-        if not all(isinstance(i, int) and not isinstance(i, bool) and i >= 0 for i in items):
+        if not all(type(i) is int and i >= 0 for i in items):
             self.refuse(name, "a list of layer indices")
         if items != sorted(set(items)):
             self.refuse(name, "in ascending order without duplicates")
@@ -141,6 +138,6 @@ class Fields:
         if not isinstance(value, list | tuple):
             return self.token(name, vocab)
         items = cast("list[Any]", value)
-        if not all(isinstance(i, int) and 0 <= i < vocab for i in items):
+        if not items or not all(type(i) is int and 0 <= i < vocab for i in items):
             self.refuse(name, f"token ids from 0 to {vocab - 1}")
         return tuple(items)
