@@ -45,8 +45,8 @@ format: $(VENV)/installed ## let ruff rewrite the code
 bench: $(VENV)/installed ## how decode time follows the layers that run
 	$(BIN)/python bench/decode_depth.py
 
-train-sample: $(VENV)/installed ## train samples/tiny-liquid anew (25 minutes)
-	$(BIN)/python samples/train_tiny.py
+train-sample: $(VENV)/installed ## train samples/tiny-liquid anew (20 minutes)
+	$(BIN)/python samples/train_tiny.py --force
 
 clean: ## remove the virtual environment and what was built
 	rm -rf $(VENV) build

@@ -190,6 +190,7 @@ def save(model: nn.Module, config: Mapping[str, Any], directory: Path) -> None:
     try:
         tensors = {name: t.detach().contiguous() for name, t in model.state_dict().items()}
         save_file(dict(sorted(tensors.items())), aside / SINGLE, metadata={"format": "pt"})
+        (aside / SINGLE).chmod(0o644)
         (aside / "config.json").write_bytes(canonical(dict(config)))
         for name in (SINGLE, "config.json"):
             (aside / name).replace(directory / name)

@@ -51,10 +51,10 @@ class Recipe:
     arithmetic_share: float = 0.3
     open_until: float = 0.12
     budget_full: float = 0.35
-    noise: float = 0.5
-    noise_until: float = 0.5
-    margin_from: float = 0.4
-    margin: float = 0.4
+    noise: float = 1.0
+    noise_until: float = 0.75
+    margin_from: float = 0.3
+    margin: float = 1.0
     spread: float = 2.0
     lowest_rate: float = 0.25
     highest_rate: float = 0.85
@@ -240,7 +240,7 @@ def main(argv: list[str] | None = None) -> None:
     )
     here = Path(__file__).resolve().parent
     parser.add_argument("--out", type=Path, default=here / "tiny-liquid", help="what to write")
-    parser.add_argument("--steps", type=int, default=1300, help="updates (default 1300)")
+    parser.add_argument("--steps", type=int, default=1500, help="updates (default 1500)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--force", action="store_true", help="replace OUT if it is there")
     args = parser.parse_args(argv)
