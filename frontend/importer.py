@@ -7,6 +7,7 @@ dimensions' names, follows `torch.cond` into its arms and finds the user's sourc
 from __future__ import annotations
 
 import re
+import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,7 +15,8 @@ from typing import Any, TypeVar
 
 import sympy
 import torch
-from torch import fx
+from torch import fx, nn
+from torch.fx.traceback import annotate_fn
 
 from liquidc.errors import UnsupportedError
 from liquidc.ir import Block, Dim, DType, Location, Module, Op, TensorType, Value, ops
@@ -33,6 +35,7 @@ DTYPES = {
 }
 
 AnyOp = TypeVar("AnyOp", bound=Op)
+R = TypeVar("R")
 Import = Callable[["Importer", fx.Node], Any]
 """Translates one node: the node's value, or a list of values for an operator with several."""
 
@@ -44,7 +47,14 @@ _PICKS = ("<built-in function getitem>",)
 
 _FRAME = re.compile(r'File "(?P<file>[^"]+)", line (?P<line>\d+), in \S+\n\s*(?P<code>[^\n]*)')
 _PACKAGE = Path(__file__).resolve().parent.parent
-_PLUMBING = ("protocol.py", "semantic_ops.py", "semantic_import.py", "parts.py", "trace.py")
+_PLUMBING = (
+    "importer.py",
+    "parts.py",
+    "protocol.py",
+    "semantic_import.py",
+    "semantic_ops.py",
+    "trace.py",
+)
 """Files of the frontend whose lines are never the user's."""
 
 
@@ -167,7 +177,7 @@ class Importer:
     def emit(self, op: AnyOp, node: fx.Node | None = None) -> AnyOp:
         """Add an op at the end of the block, at the node's source line."""
         if node is not None:
-            found = source_line(node)
+            found = source_line(node.meta.get("stack_trace"))
             op.loc = found[0] if found else None
         return self.block.append(op)
 
@@ -260,7 +270,7 @@ class Importer:
 
     def unsupported(self, node: fx.Node, message: str) -> UnsupportedError:
         """The error for `node`, with the user's line."""
-        found = source_line(node)
+        found = source_line(node.meta.get("stack_trace"))
         where = f" at {found[0]}: `{found[1]}`" if found else ""
         return UnsupportedError(f"{message}{where} (docs/ops.md lists what can be compiled)")
 
@@ -273,9 +283,37 @@ def count_conditionals(graph: fx.GraphModule) -> int:
     )
 
 
-def source_line(node: fx.Node) -> tuple[Location, str] | None:
-    """The innermost line of the model that made `node`, and its code."""
-    frames = list(_FRAME.finditer(node.meta.get("stack_trace") or ""))
+def export(part: nn.Module, args: tuple[Any, ...], shapes: Any) -> torch.export.ExportedProgram:
+    """The graph of `part`, which keeps the semantic operators whole.
+
+    Args:
+        part: what is traced.
+        args: example arguments.
+        shapes: `dynamic_shapes` of `torch.export.export`.
+
+    Raises:
+        UnsupportedError: the model can't be traced, or is wrong.
+    """
+    try:
+        with torch.no_grad():
+            return torch.export.export(part, args, dynamic_shapes=shapes, strict=False)
+    except Exception as error:
+        found = source_line("".join(traceback.format_tb(error.__traceback__)))
+        where = f" {found[0]}: `{found[1]}`" if found else ""
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        raise UnsupportedError(
+            f"torch.export can't trace{where}: {reason} (docs/protocol.md)"
+        ) from error
+
+
+def traced(function: Callable[..., R]) -> Callable[..., R]:
+    """`function`, traced with its lines; `torch.export` keeps those of `forward` alone."""
+    return annotate_fn({})(function)
+
+
+def source_line(stack: str | None) -> tuple[Location, str] | None:
+    """The innermost line of the model in a formatted stack, and its code."""
+    frames = list(_FRAME.finditer(stack or ""))
     for frame in reversed(frames):
         path = Path(frame["file"])
         if (

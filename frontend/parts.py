@@ -10,7 +10,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from liquidc.frontend.importer import DTYPES, Importer, Part, count_conditionals
+from liquidc.frontend.importer import DTYPES, Importer, Part, count_conditionals, export, traced
 from liquidc.frontend.protocol import LayerCache, Step
 from liquidc.ir import Dim, Function, Module, TensorType, Value
 from liquidc.ir.weights import Stored
@@ -63,10 +63,7 @@ class PartTracer:
             known = [SIZES[dim] if isinstance(dim, str) else dim for dim in shape]
             tensors.append(torch.empty(known, dtype=dtype, device="meta"))
             dynamic.append({i: named[dim] for i, dim in enumerate(shape) if isinstance(dim, str)})
-        with torch.no_grad():
-            program = torch.export.export(
-                part, (tuple(tensors),), dynamic_shapes=(tuple(dynamic),), strict=False
-            )
+        program = export(part, (tuple(tensors),), (tuple(dynamic),))
         dims: dict[str, str] = {}
         specs = [spec for spec in args if spec is not None]
         for node, spec in zip(user_inputs(program), specs, strict=True):
@@ -126,7 +123,7 @@ class Call(nn.Module):
 
     def forward(self, args: tuple[Any, ...]) -> Any:
         """The result, in a tuple."""
-        return (getattr(self.part, self.method)(*args),)
+        return (traced(getattr(self.part, self.method))(*args),)
 
 
 @dataclass

@@ -10,7 +10,7 @@ import torch
 from torch import fx, nn
 
 from liquidc.errors import UnsupportedError
-from liquidc.frontend.importer import Import, Importer
+from liquidc.frontend.importer import Import, Importer, export, traced
 from liquidc.frontend.semantic_ops import EXPERTS
 from liquidc.ir import Block, Op, TensorType, Value, ops
 from liquidc.ir.weights import Select, sizes, torch_dtype
@@ -117,7 +117,7 @@ class _Body(nn.Module):
         self.function = EXPERTS[name].function
 
     def forward(self, x: torch.Tensor, *params: torch.Tensor) -> torch.Tensor:
-        return self.function(x, *params)
+        return traced(self.function)(x, *params)
 
 
 @cache
@@ -132,9 +132,7 @@ def _body(
         torch.empty(shape, dtype=dtype, device="meta"),
         *(torch.empty(sizes(t.shape), dtype=torch_dtype(t.dtype), device="meta") for t in params),
     )
-    return torch.export.export(
-        _Body(name), args, dynamic_shapes=(dynamic, tuple(None for _ in params)), strict=False
-    )
+    return export(_Body(name), args, (dynamic, tuple(None for _ in params)))
 
 
 def _on_meta(type: TensorType, examples: Sequence[int]) -> tuple[tuple[int, ...], torch.dtype]:
