@@ -1,4 +1,4 @@
-"""The trained sample: it is there, it has learnt what its report says, and the report is its own."""
+"""The trained sample: it is there, has learnt what its report says, and the report is its own."""
 
 from __future__ import annotations
 
