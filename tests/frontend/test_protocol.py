@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import importlib
-import re
 from dataclasses import asdict
 from functools import cache
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -159,16 +156,3 @@ def test_ragged_rows_up_to_the_last_position(engine: Engine) -> None:
     got = session.prefill([first[19:], second[5:20]]).logits[:, 0]
     want = expected()[0][:, -1].numpy()
     np.testing.assert_allclose(got, want, rtol=0, atol=SINGLE * np.abs(want).max())
-
-
-def test_the_example_of_the_documentation(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    page = Path(__file__).parents[2] / "docs" / "protocol.md"
-    (example,) = re.findall(r"```python\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL)
-    (tmp_path / "protocol_example.py").write_text(example, encoding="utf-8")
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.syspath_prepend(tmp_path)
-    engine: Engine = importlib.import_module("protocol_example").engine
-    assert [gate.layer for gate in engine.manifest.model.gates] == [0, 1, 2]
-    assert capsys.readouterr().out.startswith("[")
