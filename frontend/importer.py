@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 import sympy
 import torch
 from torch import fx, nn
-from torch.fx.traceback import annotate_fn
+from torch.fx.traceback import annotate_fn, preserve_node_meta
 
 from liquidc.errors import UnsupportedError
 from liquidc.ir import Block, Dim, DType, Location, Module, Op, TensorType, Value, ops
@@ -295,12 +295,15 @@ def export(part: nn.Module, args: tuple[Any, ...], shapes: Any) -> torch.export.
         UnsupportedError: the model can't be traced, or is wrong.
     """
     try:
-        with torch.no_grad():
+        # Without preserve_node_meta nodes in the arms of torch.cond lose their source lines.
+        with torch.no_grad(), preserve_node_meta():
             return torch.export.export(part, args, dynamic_shapes=shapes, strict=False)
     except Exception as error:
-        found = source_line("".join(traceback.format_tb(error.__traceback__)))
+        told = str(error)
+        found = source_line("".join(traceback.format_tb(error.__traceback__)) + told)
         where = f" {found[0]}: `{found[1]}`" if found else ""
-        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        lines = [line for line in told.splitlines() if line.strip() and not line.endswith(":")]
+        reason = lines[0].strip() if lines else type(error).__name__
         raise UnsupportedError(
             f"torch.export can't trace{where}: {reason} (docs/protocol.md)"
         ) from error

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from liquidc.frontend.protocol import Step, straight_through
-from liquidc.frontend.semantic_ops import router_scores
+from liquidc.ir.semantics import router_scores
 
 if TYPE_CHECKING:
     from liquidc.frontend.config import LiquidConfig

@@ -46,7 +46,15 @@ def depth_gate(
     reserved: int,
     remaining: int,
 ) -> tuple[Tensor, Tensor]:
-    """The final mask bool[B, T] and p = sigmoid(score) [B, T]; see `ops.DepthGate`."""
+    """Which tokens run: (mask bool[B, T], p f32[B, T]); model spec 5.1 and its depth controls.
+
+    score f32[B, T]; valid bool[B, T]; positions i64[B, T]; force i8 scalar; bias f32[B];
+    min_depth i64[B]; executed i64[B, T] counts the layers the token has run. From the weakest to
+    the strongest: the router decides by sigmoid(score + bias) against the threshold ("gt": above,
+    "ge": at or above); a token runs when the layers that remain, this one included, are no more
+    than min_depth - executed; positions under `reserved` run; force 1 runs, -1 skips; a token
+    that is not valid skips. p = sigmoid(score), without the bias.
+    """
     p = torch.sigmoid(score)
     decided = torch.sigmoid(score + bias[:, None])
     mask = decided >= threshold if compare == "ge" else decided > threshold
@@ -56,7 +64,10 @@ def depth_gate(
 
 
 def append(cache: Tensor, new: Tensor, length: Tensor, mask: Tensor) -> Tensor:
-    """The cache [B, KV, S, hd] with the masked tokens of new [B, T, KV, hd] from slot length[b]."""
+    """The cache [B, KV, S, hd] with the tokens of `new` [B, T, KV, hd] where mask bool[B, T] holds.
+
+    Those of row b go, in order, to slots length[b], length[b] + 1, …; other slots stay.
+    """
     slots = cache.shape[2]
     rank = torch.cumsum(mask.to(torch.int64), 1) - 1
     # Tokens that are not written go to one slot beyond the end, which is cut off again.
@@ -94,14 +105,12 @@ def route(
     group_fill: str,
     scaling: float,
 ) -> tuple[Tensor, Tensor]:
-    """Indices i64[..., k] and weights [..., k] of the experts of each token; see `ops.Route`."""
-    match score:
-        case "softmax":
-            scores = torch.softmax(logits, -1)
-        case "sigmoid":
-            scores = torch.sigmoid(logits)
-        case _:
-            scores = logits
+    """The experts of each token: (index i64[..., k], weight f32[..., k]); model spec 2.1.
+
+    logits f32[..., E]; a token where mask bool[...] is false gets index -1 and weight 0. Equal
+    scores: the lowest index wins.
+    """
+    scores = router_scores(logits, score)
     chosen = scores if selection_bias is None else scores + selection_bias
     if n_group > 1:
         chosen = _limit_groups(chosen, n_group, topk_group, group_score, group_fill)
@@ -120,6 +129,13 @@ def route(
     weight = weight * scaling
     seen = mask[..., None]
     return torch.where(seen, index, -1), torch.where(seen, weight, 0.0)
+
+
+def router_scores(logits: Tensor, score: str) -> Tensor:
+    """Scores of the experts from logits f32[..., E]: softmax, sigmoid or identity."""
+    if score == "softmax":
+        return logits.softmax(-1)
+    return logits.sigmoid() if score == "sigmoid" else logits
 
 
 def _limit_groups(
