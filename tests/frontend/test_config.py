@@ -99,7 +99,7 @@ NUMBERS = {
 BOOLEANS = [name for name, value in FIELDS.items() if type(value) is bool]
 LISTS = ["depth_gate.layers", "moe.layers"]
 SINGLE = ["model_type", "liquid_version"]
-CHOICES = FIELDS.keys() - {*INTEGERS, *NUMBERS, *BOOLEANS, *LISTS, *SINGLE}
+CHOICES = [n for n in FIELDS if n not in (*INTEGERS, *NUMBERS, *BOOLEANS, *LISTS, *SINGLE)]
 WRONG = {
     **{name: ["x", True, 1.5, [], 2**31, low] for name, low in INTEGERS.items()},
     **{name: ["x", True, None, [], math.nan, 10**400, low] for name, low in NUMBERS.items()},
