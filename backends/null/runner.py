@@ -97,6 +97,16 @@ class NullRunner(Runner):
         runner.close()
         return trace
 
+    @property
+    def module(self) -> Module:
+        """The engine's IR."""
+        return self._module
+
+    @property
+    def weights(self) -> dict[str, torch.Tensor]:
+        """The weights that calls have read so far."""
+        return self._interpreter.weights
+
     def close(self) -> None:
         """Unmap the weights."""
         self._interpreter.weights.clear()

@@ -12,11 +12,12 @@ import torch
 import liquidc
 from liquidc.backends.base import StageContext
 from liquidc.backends.null.backend import link
+from liquidc.backends.null.runner import NullRunner
 from liquidc.backends.weights_file import ALIGNMENT, WeightsFile, layout, write_weights
 from liquidc.errors import EngineError
 from liquidc.frontend.config import LiquidConfig
 from liquidc.frontend.model import LiquidForCausalLM
-from liquidc.ir import DType, TensorType, parse_module
+from liquidc.ir import DType, Module, TensorType, ops, parse_module
 from liquidc.ir.weights import Stored, Transpose
 from liquidc.runtime import Engine
 from liquidc.session import DepthControls
@@ -119,25 +120,41 @@ def test_work_follows_the_gates(pair: tuple[LiquidForCausalLM, Engine]) -> None:
     assert sorted(proof.experts_traced) == [0, 1, 2, 3]
 
 
-def test_a_skipped_layer_is_not_read(pair: tuple[LiquidForCausalLM, Engine]) -> None:
-    """NaN in every weight that only the run arms use changes no bit when all gates are off."""
-    _, engine = pair
-    depth = DepthControls(gate_force=(-1,) * len(engine.manifest.model.gates))
-    want = engine.logits(IDS, depth=depth)
-    runner: Any = engine.runner
-    weights: dict[str, torch.Tensor] = runner._interpreter.weights
-    untouched = set(runner._module.weights) - set(weights)
-    everything = engine.logits(IDS, depth=DepthControls())
-    kept = {name: weights[name].clone() for name in untouched if name in weights}
-    assert kept or engine.manifest.cost.run == (0,) * len(engine.manifest.model.gates)
-    for name in kept:
-        weights[name].fill_(torch.nan)
-    try:
-        np.testing.assert_array_equal(engine.logits(IDS, depth=depth), want)
-    finally:
-        for name, tensor in kept.items():
-            weights[name].copy_(tensor)
-    np.testing.assert_array_equal(engine.logits(IDS), everything)
+def only_in_run_arms(module: Module) -> set[str]:
+    """Weights that nothing but the run arms of gates uses."""
+    inside: set[str] = set()
+    outside: set[str] = set()
+    gated = {
+        op
+        for gate in module.walk()
+        if isinstance(gate, ops.If) and "/expert" not in gate.label
+        for op in gate.then.walk()
+    }
+    for weight in module.walk():
+        if isinstance(weight, ops.Weight):
+            for user in weight.y.uses:
+                (inside if user in gated else outside).add(weight.weight)
+    return inside - outside
+
+
+def test_a_skipped_layer_plays_no_part(pair: tuple[LiquidForCausalLM, Engine]) -> None:
+    """NaN in every weight that only run arms use changes no bit when all gates are off."""
+    _, shared = pair
+    assert shared.path is not None
+    runner = NullRunner(shared.path, shared.manifest)
+    engine = shared.with_runner(runner)
+    count = len(engine.manifest.model.gates)
+    off = DepthControls(gate_force=(-1,) * count)
+    on = DepthControls(gate_force=(1,) * count)
+    want = engine.logits(IDS, depth=off)
+    assert np.isfinite(engine.logits(IDS, depth=on)).all()
+    names = only_in_run_arms(runner.module)
+    assert len(names) >= count
+    for name in names:
+        runner.weights[name].fill_(torch.nan)
+    np.testing.assert_array_equal(engine.logits(IDS, depth=off), want)
+    assert np.isnan(engine.logits(IDS, depth=on)).any()
+    runner.close()
 
 
 class Tensors:

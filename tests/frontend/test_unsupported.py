@@ -63,11 +63,54 @@ class Experts(ParallelLayer):
         return protocol.dispatch(x, index, weight, refused_expert, params), cache
 
 
-def with_experts() -> OtherModel:
-    """A model of one layer."""
-    model = OtherModel()
-    model.layers = nn.ModuleList([Experts()])
-    return model
+class Arm(ParallelLayer):
+    """The arm of a gate can't be compiled."""
+
+    def compute(self, n: Tensor) -> Tensor:
+        """Refused."""
+        return n
+
+    def forward(self, x: Tensor, step: Step, cache: LayerCache) -> tuple[Tensor, LayerCache]:
+        """As the layers of the protocol, with `compute` in the arm."""
+        mask, _ = step.depth_gate(self.gate(x).squeeze(-1))
+
+        def run(x: Tensor, mask: Tensor) -> tuple[Tensor]:
+            return (x + protocol.keep(mask, self.compute(self.norm(x))),)
+
+        def skip(x: Tensor, mask: Tensor) -> tuple[Tensor]:
+            return (x.clone(),)
+
+        return protocol.gated(mask, run, skip, x, mask)[0], cache
+
+
+class ArmOperator(Arm):
+    """The arm's method uses an operator without translation."""
+
+    def compute(self, n: Tensor) -> Tensor:
+        """Refused."""
+        return n + torch.erfinv(n)
+
+
+class ArmBranches(Arm):
+    """The arm looks at its data."""
+
+    def compute(self, n: Tensor) -> Tensor:
+        """Refused."""
+        if n.sum() > 0:
+            n = -n
+        return n
+
+
+def with_layer(layer: type[ParallelLayer]) -> Callable[[], OtherModel]:
+    """A model of one layer, made when it is called."""
+
+    def make() -> OtherModel:
+        model = OtherModel()
+        model.layers = nn.ModuleList([layer()])
+        return model
+
+    make.__name__ = layer.__name__
+    return make
 
 
 ERFINV = "the operator aten.erfinv.default has no translation"
@@ -78,7 +121,9 @@ CASES: list[tuple[Callable[[], nn.Module], str, str]] = [
         "return self.table(ids) @ torch.linalg.inv(self.mix.weight)",
     ),
     (Embeds, ERFINV, "return torch.erfinv(super().embed(input_ids, positions))"),
-    (with_experts, ERFINV, "return torch.erfinv(x)"),
+    (with_layer(Experts), ERFINV, "return torch.erfinv(x)"),
+    (with_layer(ArmOperator), ERFINV, "return n + torch.erfinv(n)"),
+    (with_layer(ArmBranches), "torch.export can't trace", "if n.sum() > 0:"),
     (Branches, "torch.export can't trace", "if x.sum() > 0:"),
 ]
 
