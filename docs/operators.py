@@ -16,16 +16,16 @@ def page() -> str:
             _, operator, overload = name.split(".")
             overloads.setdefault(operator, []).append(overload)
     rows = [f"| `{name}` | {', '.join(sorted(kinds))} |" for name, kinds in overloads.items()]
-    special = sorted(name.removesuffix(".default") for name in SEMANTIC)
+    special = sorted(f"`{name.removesuffix('.default')}`" for name in SEMANTIC)
     return "\n".join(
         [
             "# What can be compiled",
             "",
-            "The operators that the trace translates, as `torch.export` names them. Another one is an",
-            "error that names it and the line of the model. This page is written by",
+            "The operators that the trace translates, as `torch.export` names them. Another one is",
+            "an error that names it and the line of the model. This page is written by",
             "`python docs/operators.py` from the importer's tables.",
             "",
-            f"Of the protocol ([protocol.md](protocol.md)): {', '.join(f'`{s}`' for s in special)}.",
+            f"Of the protocol ([protocol.md](protocol.md)): {', '.join(special)}.",
             "",
             "| operator | overloads |",
             "|---|---|",
