@@ -36,7 +36,7 @@ test-slow: $(VENV)/installed ## the long tests too
 lint: $(VENV)/installed ## ruff and pyright
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
-	$(BIN)/pyright
+	$(BIN)/pyright --pythonpath $(BIN)/python
 
 format: $(VENV)/installed ## let ruff rewrite the code
 	$(BIN)/ruff format .
