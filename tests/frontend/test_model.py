@@ -6,7 +6,7 @@ Number 3, one piece = chunks = tokens, and number 4, mixed rows = each alone, ar
 
 from __future__ import annotations
 
-import copy
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -156,23 +156,27 @@ def test_a_single_token(policy: str) -> None:
             assert layer.length.tolist() == [wanted]
 
 
+@pytest.mark.parametrize("scope", ["layer", "attn", "ffn", "attn_ffn"])
+def test_the_budget_reaches_every_router(scope: str) -> None:
+    """The gradient of the cost alone, without the cross-entropy's."""
+    model = build(scope=scope).train()
+    model.loss(IDS).depth_cost.backward()
+    routers = {n: p for n, p in model.named_parameters() if "depth_gate" in n}
+    assert len(routers) == 3 * model.config.num_gates
+    assert [n for n, p in routers.items() if p.grad is None or not p.grad.any()] == []
+
+
 def test_the_budget_trains_the_gates() -> None:
-    """Gradients reach every router, and the executed depth goes where the budget wants it."""
+    """A few steps bring the executed depth from far away to where the budget wants it."""
     model = build(kv_policy="own").train()
-    model.config = copy.deepcopy(model.config)
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
-    for target in (0.5, 0.95):
-        object.__setattr__(model.config.training, "depth_target", target)
-        object.__setattr__(model.config.training, "depth_coef", 5.0)
-        first = last = model.loss(IDS).depth_cost.item()
+    for target in (0.9, 0.3):
+        training = replace(model.config.training, depth_target=target, depth_coef=5.0)
+        model.config = replace(model.config, training=training)
+        before = abs(model.loss(IDS).depth_cost.item() - target)
+        assert before > 0.3
         for _ in range(40):
-            parts = model.loss(IDS)
             optimizer.zero_grad()
-            parts.total.backward()
-            for name, parameter in model.named_parameters():
-                if "depth_gate" in name:
-                    assert parameter.grad is not None
-                    assert parameter.grad.isfinite().all(), name
+            model.loss(IDS).total.backward()
             optimizer.step()
-            last = parts.depth_cost.item()
-        assert abs(last - target) < max(abs(first - target), 0.15)
+        assert abs(model.loss(IDS).depth_cost.item() - target) < before / 2
