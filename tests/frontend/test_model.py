@@ -91,14 +91,15 @@ def test_forced_skip_is_the_embedding_and_the_head(policy: str) -> None:
 @torch.no_grad()
 @pytest.mark.parametrize("policy", ["own", "inherit"])
 def test_skipped_tokens_leave_complete_caches(policy: str) -> None:
-    """After a skipped prompt, a later token sees it: as if only the states had been frozen."""
+    """Every layer holds the keys and values of the frozen states: its own, or the first layer's."""
     model = build(kv_policy=policy)
-    cache = model.new_cache(3, 13)
-    skipped = model(IDS, cache, gate_force=force(model, -1)).cache
-    assert all(layer.key[:, :, :12].any(-1).all() for layer in skipped.layers)
-    after = model(IDS[:, :1], skipped, gate_force=force(model, 1))
-    alone = model(IDS[:, :1], model.new_cache(3, 13), gate_force=force(model, 1))
-    assert not torch.allclose(after.logits, alone.logits)
+    skipped = model(IDS, model.new_cache(3, 12), gate_force=force(model, -1)).cache
+    x, positions = model.model.embed_tokens(IDS), torch.arange(12).expand(3, -1)
+    for index, cache in enumerate(skipped.layers):
+        layer = model.layers[index if policy == "own" else 0]
+        k, v = layer.self_attn.key_value(layer.input_layernorm(x), positions)
+        assert torch.equal(cache.key, k.transpose(1, 2))
+        assert torch.equal(cache.value, v.transpose(1, 2))
 
 
 @torch.no_grad()
