@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from liquidc.backends.base import Backend, Runner, RunnerOptions, Stage, StageContext
 from liquidc.backends.weights_file import NAME, write_weights
+from liquidc.errors import InputError
 from liquidc.ir import Module
 
 if TYPE_CHECKING:
@@ -30,6 +31,26 @@ def lower_module(module: Module, context: StageContext) -> Lowered:
 def dump_lowered(lowered: Lowered, path: Path) -> None:
     """Write the graph alone."""
     path.write_bytes(lowered.model.SerializeToString(deterministic=True))
+
+
+def load_lowered(path: Path) -> Lowered:
+    """Read a graph that `dump_lowered` wrote.
+
+    Raises:
+        InputError: it is none.
+    """
+    import onnx
+    from google.protobuf.message import DecodeError
+
+    from liquidc.backends.onnxruntime.emit import read_lowered
+
+    try:
+        model = onnx.load_model_from_string(path.read_bytes())
+    except DecodeError:
+        raise InputError(f"{path}: not an ONNX model") from None
+    if not model.graph.output:
+        raise InputError(f"{path}: an ONNX model without outputs; give the dump of the stage lower")
+    return read_lowered(model)
 
 
 def write_engine(lowered: Lowered, context: StageContext) -> dict[str, Any]:
@@ -57,7 +78,7 @@ class OnnxRuntimeBackend(Backend):
     summary = "one ONNX graph with a conditional for each gated layer, for ONNX Runtime on CPU"
     functions = ("prefill",)
     stages = (
-        Stage("lower", ".onnx", lower_module, dump_lowered),
+        Stage("lower", ".onnx", lower_module, dump_lowered, load_lowered),
         Stage("engine", "", write_engine),
     )
 

@@ -19,7 +19,7 @@ from liquidc.backends.onnxruntime.graph import (
 )
 from liquidc.backends.weights_file import byte_size
 from liquidc.errors import UnsupportedError
-from liquidc.ir import Block, Function, Module, Op, TensorType, Value, ops
+from liquidc.ir import Block, Function, Module, Op, TensorType, Value, ops, parse_module
 from liquidc.ir.types import dim_names
 from liquidc.ir.weights import WeightExpr, sizes
 
@@ -83,8 +83,21 @@ def place(lowered: Lowered, file: str, offsets: Mapping[str, int]) -> onnx.Model
     return model
 
 
+def read_lowered(model: onnx.ModelProto) -> Lowered:
+    """A model that `lower` made: its weights are the expressions in their documentation.
+
+    Raises:
+        IRError: one of them can't be read.
+    """
+    named = [tensor for tensor in model.graph.initializer if tensor.doc_string]
+    text = "".join(f"weight @{tensor.name} : {tensor.doc_string}\n" for tensor in named)
+    return Lowered(model, parse_module(f"module @lowered\n{text}", "the model's weights").weights)
+
+
 def _external(name: str, expr: WeightExpr) -> onnx.TensorProto:
+    """An initialiser without data, documented by the expression that says what it holds."""
     tensor = onnx.TensorProto(name=name, data_type=ELEMENT[expr.type.dtype])
+    tensor.doc_string = f"{expr.type} = {expr}"
     tensor.dims.extend(sizes(expr.type.shape))
     return tensor
 
