@@ -50,11 +50,18 @@ def test_commands(place: Path) -> None:
     assert "passed" in next(o for o, w in zip(outputs, commands, strict=True) if w[1] == "verify")
 
 
-def test_python(place: Path) -> None:
+@pytest.fixture(scope="module")
+def printed(place: Path) -> str:
+    """What the Python block prints; it leaves an engine in build/from-python."""
     (code,) = blocks("python")
-    assert len(run(place, [sys.executable, "-c", code]).splitlines()) >= 32
+    return run(place, [sys.executable, "-c", code])
 
 
+def test_python(printed: str) -> None:
+    assert len(printed.splitlines()) >= 32
+
+
+@pytest.mark.usefixtures("printed")
 def test_without_liquidc(place: Path) -> None:
     """The sample script writes what the engine itself writes, with liquidc out of reach."""
     engine = place / "build" / "from-python"
