@@ -236,7 +236,12 @@ def dispatch(
     index and weight [..., k] as from `route`. `body(rows [N, D], *params)` is a plain function
     decorated with `@protocol.expert`; it is traced once for all experts. `params` are tensors with
     the experts in front ([E, ...] each), or one tuple of tensors for each expert.
+
+    Raises:
+        InputError: `body` is not decorated.
     """
+    if not isinstance(cast(object, body), ops.Expert):
+        raise InputError(f"{body!r} is no expert body: decorate it with @protocol.expert")
     if isinstance(params[0], Tensor):
         flat, width = list(cast("Sequence[Tensor]", params)), 0
     else:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 import liquidc
-from liquidc.errors import UnsupportedError
+from liquidc.errors import InputError, UnsupportedError
 from liquidc.frontend import protocol
 from liquidc.frontend.protocol import LayerCache, Step
 from liquidc.frontend.trace import trace
@@ -148,3 +149,10 @@ def test_nothing_is_written(tmp_path: Path) -> None:
     with pytest.raises(UnsupportedError, match="linalg_inv"):
         liquidc.compile(Plain(), tmp_path / "engine", target="null")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_an_expert_body_without_its_mark() -> None:
+    x, index = torch.ones(2, 4), torch.zeros(2, 1, dtype=torch.int64)
+    unmarked: Any = torch.nn.functional.linear
+    with pytest.raises(InputError, match=r"is no expert body: decorate it with @protocol\.expert"):
+        protocol.dispatch(x, index, torch.ones(2, 1), unmarked, [torch.ones(1, 4, 4)])

@@ -16,6 +16,9 @@ from liquidc.frontend.model import LiquidForCausalLM
 ROOT = Path(__file__).resolve().parents[2]
 SAMPLE = ROOT / "samples" / "tiny-liquid"
 REPORT = json.loads((SAMPLE / "training_report.json").read_text())
+SCRIPT = ROOT / "samples" / "train_tiny.py"
+PYTHON = (3, 11, 7)
+"""The Python whose `pydoc_data.topics` the sample was trained on."""
 sys.path.insert(0, str(ROOT / "samples"))
 
 import tiny_data  # noqa: E402
@@ -62,6 +65,9 @@ def test_the_report_is_of_these_weights() -> None:
         assert abs(float(rate) - told) < 0.05
 
 
+@pytest.mark.skipif(
+    sys.version_info[:3] != PYTHON, reason="the documentation of another Python is another text"
+)
 def test_heldout_text_is_not_trained_on() -> None:
     corpus = tiny_data.build(REPORT["seed"], problems=2000)
     assert corpus.heldout == (SAMPLE / "heldout.txt").read_text()
@@ -92,11 +98,24 @@ def test_rounding_and_random_gates_restore_the_model() -> None:
         assert torch.equal(tiny_report.evaluate(model, windows).bits, before.bits)
 
 
+def test_training_refuses_before_it_starts(tmp_path: Path) -> None:
+    (tmp_path / "kept").write_text("mine")
+    cases = {
+        "exists: --force replaces it": ["--out", str(tmp_path)],
+        "--steps must be 1 or more": ["--out", str(tmp_path / "new"), "--steps", "0"],
+    }
+    for message, options in cases.items():
+        command = [sys.executable, str(SCRIPT), *options]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert done.returncode == 2
+        assert message in done.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["kept"]
+
+
 @pytest.mark.slow
 def test_training_is_reproducible(tmp_path: Path) -> None:
-    script = ROOT / "samples" / "train_tiny.py"
     for name in ("a", "b"):
-        command = [sys.executable, str(script), "--out", str(tmp_path / name), "--steps", "3"]
+        command = [sys.executable, str(SCRIPT), "--out", str(tmp_path / name), "--steps", "3"]
         subprocess.run(command, check=True, capture_output=True)
     for path in (tmp_path / "a").iterdir():
         if "report" not in path.name:
