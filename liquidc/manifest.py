@@ -93,10 +93,11 @@ class CacheInfo:
 
 @dataclass(frozen=True, slots=True)
 class PassInfo:
-    """A pass that ran, with its options."""
+    """A pass that ran, with its options and what it had to say."""
 
     name: str
     options: dict[str, Any] = field(default_factory=dict[str, Any])
+    facts: dict[str, Any] | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,7 +11,8 @@ from typing import Any
 from liquidc.errors import InputError, InternalError, IRError
 from liquidc.ir import Module, verify
 from liquidc.ir.rewriter import Statistics
-from liquidc.passes.registry import PASSES, Pass
+from liquidc.passes.base import Pass, PassContext
+from liquidc.passes.registry import PASSES
 
 _PASS = re.compile(r"(?P<name>[a-z][a-z0-9-]*)(?:\{(?P<options>[^{}]*)\})?")
 
@@ -108,6 +109,7 @@ def run_passes(
     plan: Sequence[PassPlan],
     statistics: Statistics,
     *,
+    context: PassContext | None = None,
     verify_each: bool = False,
     after: Callable[[str, Module], None] | None = None,
 ) -> Module:
@@ -117,6 +119,7 @@ def run_passes(
         module: stays as it is.
         plan: the passes, in order.
         statistics: counts the rules' firings.
+        context: what passes may use besides the module.
         verify_each: check the IR after every pass.
         after: called with the name and the module after each pass.
 
@@ -126,7 +129,7 @@ def run_passes(
     module = module.clone()
     ran: list[str] = []
     for step in plan:
-        step.instance.run(module, statistics)
+        step.instance.run(module, statistics, context)
         ran.append(step.name)
         if verify_each:
             try:

@@ -25,8 +25,10 @@ from liquidc.ir import Module, parse_module, print_module
 from liquidc.ir.rewriter import Statistics
 from liquidc.manifest import SCHEMA, Manifest, PassInfo
 from liquidc.measure import measured
+from liquidc.passes.base import PassContext
 from liquidc.passes.registry import DEFAULT_PIPELINE
 from liquidc.passplan import PassPlan, plan_passes, run_passes
+from liquidc.profile import read_profile
 from liquidc.records import canonical
 from liquidc.version import __version__
 
@@ -44,6 +46,7 @@ class CompileOptions:
         target: name of the backend.
         passes: names instead of the target's own, in order, with options as `name{key=value}`.
         without: names of passes to leave out.
+        profile: what `liquidc profile` measured of this model, for passes that need it.
         verify_each: check the IR after every pass.
         dump: directory that gets each stage's artefact.
         start: stage whose artefact is read from a file instead of being computed.
@@ -53,6 +56,7 @@ class CompileOptions:
     target: str = "onnxruntime"
     passes: tuple[str, ...] | None = None
     without: tuple[str, ...] = ()
+    profile: Path | None = None
     verify_each: bool = False
     dump: Path | None = None
     start: tuple[str, Path] | None = None
@@ -260,9 +264,22 @@ class _Run:
             module,
             self.plan.passes,
             self.statistics,
+            context=self._context(),
             verify_each=self.options.verify_each,
             after=after,
         )
+
+    def _context(self) -> PassContext:
+        """What the passes may use.
+
+        Raises:
+            InputError: the profile is damaged, or of another model.
+        """
+        path, profile = self.options.profile, None
+        if path is not None:
+            profile = read_profile(path)
+            profile.check_model(self.model.sha256, str(path))
+        return PassContext(profile, self.model.weights)
 
     def _read(self, path: Path) -> Module:
         from liquidc.ir import verify
@@ -301,7 +318,8 @@ class _Run:
 
     def _manifest(self, module: Module, artifact: dict[str, Any]) -> Manifest:
         backend = self.plan.backend
-        passes = [PassInfo(p.name, p.options) for p in self.plan.passes]
+        said = self.statistics.facts
+        passes = [PassInfo(p.name, p.options, said.get(p.name)) for p in self.plan.passes]
         if self.options.start is not None:
             stage, path = self.options.start
             passes.insert(0, PassInfo("start-from", {"stage": stage, "sha256": sha256_file(path)}))

@@ -9,6 +9,8 @@ from typing import ClassVar, Literal
 from liquidc.errors import InputError, InternalError
 from liquidc.ir import Module, ops
 from liquidc.ir.rewriter import Statistics
+from liquidc.ir.weights import WeightSource
+from liquidc.profile import Profile
 
 
 def _no_expert_regions(module: Module) -> bool:
@@ -20,19 +22,55 @@ FACTS: dict[str, Callable[[Module], bool]] = {"no-expert-regions": _no_expert_re
 
 
 @dataclass(frozen=True)
+class PassContext:
+    """What a pass may use besides the module.
+
+    Args:
+        profile: what was measured of the model.
+        source: where the weights' tensors are.
+    """
+
+    profile: Profile | None = None
+    source: WeightSource | None = None
+
+    def need_profile(self, name: str) -> Profile:
+        """The profile.
+
+        Raises:
+            InputError: there is none.
+        """
+        if self.profile is None:
+            raise InputError(f"the pass {name} needs a profile: make one with liquidc profile")
+        return self.profile
+
+    def need_source(self, name: str) -> WeightSource:
+        """Where weights are read.
+
+        Raises:
+            InputError: there is no model, only IR.
+        """
+        if self.source is None:
+            raise InputError(f"the pass {name} needs the model's weights: use it in a compile")
+        return self.source
+
+
+@dataclass(frozen=True)
 class Pass:
     """A transformation of a module; the fields of a subclass are its command-line options.
 
     `contract` says how results may change: not by a bit (`bitwise`), or by floating-point sums in
-    another order (`reassociates`); decisions and integers never change.
+    another order (`reassociates`); decisions and integers never change. A `lossy` pass changes
+    results, is never run unasked, and is measured.
     """
 
     name: ClassVar[str]
-    contract: ClassVar[Literal["bitwise", "reassociates"]]
+    contract: ClassVar[Literal["bitwise", "reassociates", "lossy"]]
     requires: ClassVar[tuple[str, ...]] = ()
     ensures: ClassVar[tuple[str, ...]] = ()
 
-    def run(self, module: Module, statistics: Statistics) -> None:
+    def run(
+        self, module: Module, statistics: Statistics, context: PassContext | None = None
+    ) -> None:
         """Transform `module` in place.
 
         Raises:
@@ -42,11 +80,11 @@ class Pass:
         for fact in self.requires:
             if not FACTS[fact](module):
                 raise InputError(f"the pass {self.name} needs {fact}: run another pass before it")
-        self.apply(module, statistics)
+        self.apply(module, statistics, context or PassContext())
         for fact in self.ensures:
             if not FACTS[fact](module):
                 raise InternalError(f"the pass {self.name} did not establish {fact}")
 
-    def apply(self, module: Module, statistics: Statistics) -> None:
+    def apply(self, module: Module, statistics: Statistics, context: PassContext) -> None:
         """What the pass does."""
         raise NotImplementedError

@@ -8,7 +8,7 @@ from typing import ClassVar, Literal
 from liquidc.ir import Block, Module, ops
 from liquidc.ir.rewriter import Refusal, Rewriter, Statistics
 from liquidc.ir.types import dim_names, product
-from liquidc.passes.base import Pass
+from liquidc.passes.base import Pass, PassContext
 from liquidc.passes.token_rows import ArmRows
 
 
@@ -37,9 +37,9 @@ class CompactTokens(Pass):
     """
 
     name: ClassVar[str] = "compact-tokens"
-    contract: ClassVar[Literal["bitwise", "reassociates"]] = "reassociates"
+    contract: ClassVar[Literal["bitwise", "reassociates", "lossy"]] = "reassociates"
 
-    def apply(self, module: Module, statistics: Statistics) -> None:
+    def apply(self, module: Module, statistics: Statistics, context: PassContext) -> None:
         """Compact every arm that a token mask guards."""
         for function in module.functions.values():
             values = [*function.args, *(v for op in function.body.walk() for v in op.results)]

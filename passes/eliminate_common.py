@@ -8,7 +8,7 @@ from typing import ClassVar, Literal
 
 from liquidc.ir import Block, Module, Op, Value
 from liquidc.ir.rewriter import Statistics
-from liquidc.passes.base import Pass
+from liquidc.passes.base import Pass, PassContext
 
 
 def signature(op: Op, operands: list[Value] | None = None) -> Hashable:
@@ -35,9 +35,9 @@ class EliminateCommon(Pass):
     """
 
     name: ClassVar[str] = "eliminate-common"
-    contract: ClassVar[Literal["bitwise", "reassociates"]] = "bitwise"
+    contract: ClassVar[Literal["bitwise", "reassociates", "lossy"]] = "bitwise"
 
-    def apply(self, module: Module, statistics: Statistics) -> None:
+    def apply(self, module: Module, statistics: Statistics, context: PassContext) -> None:
         """One walk over every function, with what is known in each scope."""
         for function in module.functions.values():
             self._block(function.body, {}, statistics)

@@ -7,7 +7,7 @@ from typing import ClassVar, Literal
 
 from liquidc.ir import Block, Module, Op, ops
 from liquidc.ir.rewriter import Statistics
-from liquidc.passes.base import Pass
+from liquidc.passes.base import Pass, PassContext
 
 
 @dataclass(frozen=True)
@@ -26,9 +26,9 @@ class EliminateDead(Pass):
     """
 
     name: ClassVar[str] = "eliminate-dead"
-    contract: ClassVar[Literal["bitwise", "reassociates"]] = "bitwise"
+    contract: ClassVar[Literal["bitwise", "reassociates", "lossy"]] = "bitwise"
 
-    def apply(self, module: Module, statistics: Statistics) -> None:
+    def apply(self, module: Module, statistics: Statistics, context: PassContext) -> None:
         """Walk backwards, users before what they use."""
         for function in module.functions.values():
             self._block(function.body, statistics)

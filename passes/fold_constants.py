@@ -11,7 +11,7 @@ from liquidc.ir import DType, Module, Op, Value, ops
 from liquidc.ir import weights as lazy
 from liquidc.ir.rewriter import Rewriter, Rule, Statistics, apply_rules
 from liquidc.ir.types import broadcast
-from liquidc.passes.base import Pass
+from liquidc.passes.base import Pass, PassContext
 
 MAX_ELEMENTS = 4096
 """Constants are not computed beyond this size: they are written out in the program."""
@@ -35,9 +35,9 @@ class FoldConstants(Pass):
     """
 
     name: ClassVar[str] = "fold-constants"
-    contract: ClassVar[Literal["bitwise", "reassociates"]] = "bitwise"
+    contract: ClassVar[Literal["bitwise", "reassociates", "lossy"]] = "bitwise"
 
-    def apply(self, module: Module, statistics: Statistics) -> None:
+    def apply(self, module: Module, statistics: Statistics, context: PassContext) -> None:
         """Apply the rules until none fires."""
         rules = [SkipIdentity(), MergeReshapes(), FoldWhere(), FoldOperation(), FoldWeight(module)]
         apply_rules(module, rules, statistics)

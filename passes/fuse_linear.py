@@ -10,7 +10,7 @@ from typing import ClassVar, Literal
 from liquidc.ir import Block, Module, Op, Value, ops
 from liquidc.ir import weights as lazy
 from liquidc.ir.rewriter import Refusal, Rewriter, Statistics
-from liquidc.passes.base import Pass
+from liquidc.passes.base import Pass, PassContext
 from liquidc.passes.fold_constants import declare, joined
 
 
@@ -34,9 +34,9 @@ class FuseLinear(Pass):
     """
 
     name: ClassVar[str] = "fuse-linear"
-    contract: ClassVar[Literal["bitwise", "reassociates"]] = "reassociates"
+    contract: ClassVar[Literal["bitwise", "reassociates", "lossy"]] = "reassociates"
 
-    def apply(self, module: Module, statistics: Statistics) -> None:
+    def apply(self, module: Module, statistics: Statistics, context: PassContext) -> None:
         """Fuse in every block."""
         routed = {id(op) for op in _routers(module)}
         for function in module.functions.values():

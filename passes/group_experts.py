@@ -9,7 +9,7 @@ from typing import ClassVar, Literal
 from liquidc.ir import Module, Op, Value, ops
 from liquidc.ir import weights as lazy
 from liquidc.ir.rewriter import Rewriter, Rule, Statistics, apply_rules
-from liquidc.passes.base import Pass
+from liquidc.passes.base import Pass, PassContext
 from liquidc.passes.fold_constants import declare
 
 
@@ -34,9 +34,9 @@ class GroupExperts(Pass):
     """
 
     name: ClassVar[str] = "group-experts"
-    contract: ClassVar[Literal["bitwise", "reassociates"]] = "reassociates"
+    contract: ClassVar[Literal["bitwise", "reassociates", "lossy"]] = "reassociates"
 
-    def apply(self, module: Module, statistics: Statistics) -> None:
+    def apply(self, module: Module, statistics: Statistics, context: PassContext) -> None:
         """Apply the rule until it no longer fires."""
         apply_rules(module, [GroupSwiglu(module)], statistics)
 

@@ -9,7 +9,7 @@ from typing import ClassVar, Literal
 from liquidc.errors import InputError
 from liquidc.ir import Block, Module, Op, Value, ops
 from liquidc.ir.rewriter import Statistics
-from liquidc.passes.base import Pass
+from liquidc.passes.base import Pass, PassContext
 from liquidc.passes.eliminate_common import signature
 from liquidc.passes.eliminate_dead import drop_results
 
@@ -35,13 +35,13 @@ class HoistCommon(Pass):
     append: str = "above"
 
     name: ClassVar[str] = "hoist-common"
-    contract: ClassVar[Literal["bitwise", "reassociates"]] = "bitwise"
+    contract: ClassVar[Literal["bitwise", "reassociates", "lossy"]] = "bitwise"
 
     def __post_init__(self) -> None:
         if self.append not in ("above", "arm"):
             raise InputError(f"append is above or arm, not {self.append!r}")
 
-    def apply(self, module: Module, statistics: Statistics) -> None:
+    def apply(self, module: Module, statistics: Statistics, context: PassContext) -> None:
         """Inner conditionals first."""
         for function in module.functions.values():
             self._block(function.body, statistics)

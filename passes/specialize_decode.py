@@ -10,7 +10,7 @@ from liquidc.errors import InputError
 from liquidc.ir import Block, Dim, DType, Function, Module, Op, TensorType, Value, ops
 from liquidc.ir.rewriter import Rewriter, Rule, Statistics, apply_rules
 from liquidc.ir.types import dim_names, product
-from liquidc.passes.base import Pass
+from liquidc.passes.base import Pass, PassContext
 from liquidc.passes.fold_constants import FoldWhere, SkipIdentity
 
 
@@ -34,13 +34,13 @@ class SpecializeDecode(Pass):
     batch: int = 0
 
     name: ClassVar[str] = "specialize-decode"
-    contract: ClassVar[Literal["bitwise", "reassociates"]] = "bitwise"
+    contract: ClassVar[Literal["bitwise", "reassociates", "lossy"]] = "bitwise"
 
     def __post_init__(self) -> None:
         if self.batch not in (0, 1):
             raise InputError(f"batch is 0 (any) or 1, not {self.batch}")
 
-    def apply(self, module: Module, statistics: Statistics) -> None:
+    def apply(self, module: Module, statistics: Statistics, context: PassContext) -> None:
         """Specialise @decode, if the module has it."""
         if "decode" not in module.functions:
             return

@@ -9,7 +9,7 @@ from typing import ClassVar, Literal, cast
 from liquidc.ir import Block, Module, Op, Value, ops
 from liquidc.ir import weights as lazy
 from liquidc.ir.rewriter import Refusal, Rewriter, Statistics
-from liquidc.passes.base import Pass
+from liquidc.passes.base import Pass, PassContext
 from liquidc.passes.eliminate_common import signature
 from liquidc.passes.fold_constants import declare, splat
 
@@ -32,9 +32,9 @@ class StackExperts(Pass):
     """
 
     name: ClassVar[str] = "stack-experts"
-    contract: ClassVar[Literal["bitwise", "reassociates"]] = "bitwise"
+    contract: ClassVar[Literal["bitwise", "reassociates", "lossy"]] = "bitwise"
 
-    def apply(self, module: Module, statistics: Statistics) -> None:
+    def apply(self, module: Module, statistics: Statistics, context: PassContext) -> None:
         """Stack every chain that starts at zero."""
         for function in module.functions.values():
             self._block(module, function.body, statistics)

@@ -5,6 +5,7 @@ together. The gates are held open at first; then the budget loss of model spec 5
 straight-through, under noise on their scores that fades away, and a margin term drives the
 probabilities away from the threshold, so that decisions survive quantisation. The experts are
 balanced layer by layer: over all layers together, a dead expert of one hides behind the others.
+Most gates are kept from always or never running; two are free to, as layers of trained models do.
 
 One thread and a fixed number of steps: the same seed gives the same weights on the same processor.
 """
@@ -42,7 +43,7 @@ LENGTH = 256
 
 @dataclass(frozen=True)
 class Recipe:
-    """What the training does; times are fractions of it."""
+    """What the training does; times are fractions of it, `free` are gates of any run rate."""
 
     rows: int = 16
     rate: float = 3e-3
@@ -58,6 +59,7 @@ class Recipe:
     spread: float = 2.0
     lowest_rate: float = 0.25
     highest_rate: float = 0.85
+    free: tuple[int, ...] = (0, 3)
 
 
 def gated_share(config: LiquidConfig, rate: float) -> float:
@@ -173,7 +175,8 @@ class Trainer:
             loss = loss + margin * (p * (1 - p)).mean()
             rate = (parts.gates + p - p.detach()).mean((1, 2))
             outside = (r.lowest_rate - rate).relu() + (rate - r.highest_rate).relu()
-            loss = loss + r.spread * outside.square().sum()
+            held = [gate for gate in range(len(rate)) if gate not in r.free]
+            loss = loss + r.spread * outside[held].square().sum()
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)

@@ -27,6 +27,7 @@ Examples:
 @click.option("--target", default="onnxruntime", show_default=True, help="See `liquidc targets`.")
 @click.option("--passes", help="Run these passes instead, in order: `a,b{key=value}`.")
 @click.option("--no-pass", multiple=True, metavar="NAME", help="Leave a pass out; repeatable.")
+@click.option("--profile", type=click.Path(path_type=Path), help="Of this model, for the passes.")
 @click.option("--verify-each", is_flag=True, help="Check the IR after every pass.")
 @click.option("--dump-dir", type=click.Path(path_type=Path), help="Write each stage's artefact.")
 @click.option("--start-from", metavar="STAGE=FILE", help="Take a stage's artefact from a file.")
@@ -40,6 +41,7 @@ def command(
     target: str,
     passes: str | None,
     no_pass: tuple[str, ...],
+    profile: Path | None,
     verify_each: bool,
     dump_dir: Path | None,
     start_from: str | None,
@@ -62,6 +64,7 @@ def command(
         target=target,
         passes=None if passes is None else split_passes(passes),
         without=no_pass,
+        profile=profile,
         verify_each=verify_each,
         dump=dump_dir,
         start=None if start_from is None else _start(start_from),

@@ -49,9 +49,16 @@ class NearMiss:
 
 @dataclass(slots=True)
 class Statistics:
-    """What rules and passes did: firings by rule, and each rule's nearest miss."""
+    """What rules and passes did.
+
+    Attributes:
+        fired: firings by rule.
+        near_misses: each rule's nearest miss.
+        facts: by name of the pass, what it wants its user to know, as JSON values.
+    """
 
     fired: Counter[str] = field(default_factory=Counter[str])
+    facts: dict[str, dict[str, Any]] = field(default_factory=dict[str, dict[str, Any]])
     near_misses: dict[str, NearMiss] = field(default_factory=dict[str, NearMiss])
 
     def refuse(self, rule: str, op: Op, refusal: Refusal) -> None:

@@ -22,7 +22,7 @@ from liquidc.backends.null.backend import NullBackend
 from liquidc.errors import InputError, InternalError, TargetUnavailable
 from liquidc.ir import Module, ops, parse_module
 from liquidc.ir.rewriter import Statistics
-from liquidc.passes.base import Pass
+from liquidc.passes.base import Pass, PassContext
 from liquidc.passes.registry import DEFAULT_PIPELINE, PASSES
 from liquidc.passplan import plan_passes, run_passes, split_passes
 from liquidc.pipeline import CompileOptions, compile_model, make_plan
@@ -237,7 +237,7 @@ def test_a_pass_that_breaks_the_ir_is_named(monkeypatch: pytest.MonkeyPatch) -> 
         name: ClassVar[str] = "break-it"
         contract: ClassVar[Literal["bitwise", "reassociates"]] = "bitwise"
 
-        def apply(self, module: Module, statistics: Statistics) -> None:
+        def apply(self, module: Module, statistics: Statistics, context: PassContext) -> None:
             body = module.functions["f"].body
             body.ops.insert(0, body.ops.pop(1))
 
@@ -267,7 +267,7 @@ def test_options_of_passes(monkeypatch: pytest.MonkeyPatch) -> None:
         wide: bool = False
         mode: str = "x"
 
-        def apply(self, module: Module, statistics: Statistics) -> None:
+        def apply(self, module: Module, statistics: Statistics, context: PassContext) -> None:
             pass
 
     monkeypatch.setitem(PASSES, "tuned", Tuned)

@@ -10,7 +10,7 @@ import pytest
 from liquidc.errors import InputError, InternalError
 from liquidc.ir import Module, parse_module
 from liquidc.ir.rewriter import Statistics
-from liquidc.passes.base import FACTS, Pass
+from liquidc.passes.base import FACTS, Pass, PassContext
 from liquidc.passes.stack_experts import StackExperts
 from tests.passes.experts import chain, region
 
@@ -24,7 +24,7 @@ class Nothing(Pass):
     name: ClassVar[str] = "nothing"
     contract: ClassVar[Literal["bitwise", "reassociates"]] = "bitwise"
 
-    def apply(self, module: Module, statistics: Statistics) -> None:
+    def apply(self, module: Module, statistics: Statistics, context: PassContext) -> None:
         statistics.fired["nothing"] += 1
 
 
