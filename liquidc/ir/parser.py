@@ -11,7 +11,8 @@ from typing import Any, TypeVar
 from liquidc.errors import IRError
 from liquidc.ir.core import OPS, Attribute, Block, Function, Location, Module, Op, Value
 from liquidc.ir.types import Dim, DType, TensorType, is_dim
-from liquidc.ir.weights import FUNCTIONS, WeightExpr
+from liquidc.ir.weight_maths import FUNCTIONS
+from liquidc.ir.weights import WeightExpr
 
 _TOKEN = re.compile(
     r"""(?P<skip>(?:\s+|//[^\n]*)+)

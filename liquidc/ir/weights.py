@@ -8,7 +8,7 @@ block and not by the tensor. The result depends neither on the size of the block
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
@@ -354,15 +354,3 @@ def torch_dtype(dtype: DType) -> torch.dtype:
         DType.U8: torch.uint8,
         DType.BOOL: torch.bool,
     }[dtype]
-
-
-FUNCTIONS: dict[str, Callable[..., WeightExpr]] = {
-    "tensor": Stored,
-    "slice": Slice,
-    "select": Select,
-    "transpose": lambda x, perm: Transpose(x, tuple(perm)),
-    "concat": lambda xs, dim: Concat(tuple(xs), dim),
-    "stack": lambda xs: Stack(tuple(xs)),
-    "cast": Cast,
-}
-"""Constructors by their name in the text form."""

@@ -16,6 +16,9 @@ weight @stacked : f32[2, 4, 4] = stack([tensor("model.w", f32[4, 4]), tensor("v"
 weight @part : f32[2, 4] = slice(transpose(tensor("model.w", f32[4, 4]), [1, 0]), 0, 1, 3)
 weight @both : f32[8, 4] = concat([tensor("a", f32[4, 4]), select(tensor("s", f32[3, 4, 4]), 2)], 0)
 weight @half : f32[4] = cast(tensor("h", bf16[4]), f32)
+weight @turned : f32[3, 4] = take(tensor("model.w", f32[4, 4]), 0, [2, 0, 2])
+weight @mixed : f32[4] = mix([tensor("v", f32[4]), tensor("u", f32[4])], [0.75, -1e-09])
+weight @folded : f32[4, 4] = product(tensor("a", f32[4, 4]), tensor("model.w", f32[4, 4]))
 
 func @f(%x: f32[B, T, 4], %mask: bool[B, T], %index: i64[B, T, 2], %share: f32[B, T, 2]) \
 -> (y: f32[B, T, 4], z: f32[]) {
@@ -61,18 +64,27 @@ def test_numbers_keep_every_bit(number: str) -> None:
 
 
 ERRORS = {
-    "an unknown op": ("linear %x", "linaer %x", 10, 8, "linaer"),
-    "an unknown value": ("linear %x, %w", "linear %x, %v", 10, 19, "%v"),
-    "a name twice": ("%any = any", "%h = any", 12, 3, "%h"),
-    "an unknown type": ("(%x: f32[B", "(%x: f33[B", 8, 13, "f33"),
-    "a missing attribute": (", dims=[0, 1]", "", 11, 3, "dims"),
-    "an unknown attribute": ("dims=[0, 1]", "dims=[0, 1], deep=3", 11, 34, "deep"),
-    "an unclosed string": ('label="layer0" :', 'label="layer0 :', 12, 23, ""),
-    "a missing brace": ("return %y, %z\n}", "return %y, %z\n", 30, 1, ""),
+    "an unknown op": ("linear %x", "linaer %x", 13, 8, "linaer"),
+    "an unknown value": ("linear %x, %w", "linear %x, %v", 13, 19, "%v"),
+    "a name twice": ("%any = any", "%h = any", 15, 3, "%h"),
+    "an unknown type": ("(%x: f32[B", "(%x: f33[B", 11, 13, "f33"),
+    "a missing attribute": (", dims=[0, 1]", "", 14, 3, "dims"),
+    "an unknown attribute": ("dims=[0, 1]", "dims=[0, 1], deep=3", 14, 34, "deep"),
+    "an unclosed string": ('label="layer0" :', 'label="layer0 :', 15, 23, ""),
+    "a missing brace": ("return %y, %z\n}", "return %y, %z\n", 33, 1, ""),
     "an unknown weight expression": ("cast(tensor", "cats(tensor", 6, 25, "cats"),
-    "text after the module": ("return %y, %z\n}\n", "return %y, %z\n}\nmore\n", 30, 1, "more"),
+    "text after the module": ("return %y, %z\n}\n", "return %y, %z\n}\nmore\n", 33, 1, "more"),
     "a negative size": ("[2, 4, 4] = stack", "[-2, 4, 4] = stack", 3, 23, ""),
     "a slice out of range": ("0, 1, 3)", "0, 1, 9)", 4, 0, ""),
+    "a row that is not there": ("[2, 0, 2]", "[2, 0, 4]", 7, 0, ""),
+    "shares for other tensors": ("[0.75, -1e-09]", "[0.75]", 8, 0, ""),
+    "factors that don't fit": (
+        'product(tensor("a", f32[4, 4])',
+        'product(tensor("a", f32[4, 3])',
+        9,
+        0,
+        "",
+    ),
 }
 
 

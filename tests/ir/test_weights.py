@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from liquidc.ir import DType, TensorType
+from liquidc.ir.weight_maths import Mix, Product, Take
 from liquidc.ir.weights import (
     Cast,
     Concat,
@@ -20,6 +21,18 @@ from liquidc.ir.weights import (
     WeightExpr,
     evaluate,
     sizes,
+)
+
+KINDS = (
+    "slice",
+    "select",
+    "transpose",
+    "concat",
+    "stack",
+    "cast",
+    "take",
+    "mix",
+    "product",
 )
 
 
@@ -53,7 +66,7 @@ def expressions(draw: st.DrawFn) -> tuple[Source, WeightExpr, torch.Tensor]:
     expr, value = source.stored(*shape)
     for _ in range(draw(st.integers(0, 4))):
         rank = value.dim()
-        kind = draw(st.sampled_from(["slice", "select", "transpose", "concat", "stack", "cast"]))
+        kind = draw(st.sampled_from(KINDS))
         if kind == "slice" and rank:
             dim = draw(st.integers(0, rank - 1))
             start = draw(st.integers(0, value.shape[dim] - 1))
@@ -74,6 +87,18 @@ def expressions(draw: st.DrawFn) -> tuple[Source, WeightExpr, torch.Tensor]:
             else:
                 dim = draw(st.integers(0, rank - 1))
                 expr, value = Concat((expr, other), dim), torch.cat([value, more], dim)
+        elif kind == "take" and rank:
+            dim = draw(st.integers(0, rank - 1))
+            index = draw(st.lists(st.integers(0, value.shape[dim] - 1), min_size=1, max_size=4))
+            expr = Take(expr, dim, tuple(index))
+            value = value.index_select(dim, torch.tensor(index))
+        elif kind == "mix":  # small integers: every sum is exact
+            expr, value = Mix((expr, expr), (0.5, -2.0)), value * 0.5 + value * -2.0
+        elif kind == "product" and rank == 2:
+            expr, value = (
+                Product(expr, Transpose(expr, (1, 0))),
+                (value.double() @ value.double().T).to(value.dtype),
+            )
         elif kind == "cast":
             expr, value = Cast(expr, DType.F64), value.double()
     return source, expr, value
@@ -101,6 +126,24 @@ def test_evaluated_in_blocks(made: tuple[Source, WeightExpr, torch.Tensor]) -> N
     parts = [block.reshape(-1) for block in evaluate(expr, source)]
     assert torch.equal(torch.cat(parts), value.reshape(-1))
     assert set(expr.sources()) <= source.tensors.keys()
+
+
+def test_a_product_is_rounded_once() -> None:
+    source = Source()
+    source.tensors["a"] = torch.tensor([[1e8, 1.0, -1e8]])
+    source.tensors["b"] = torch.tensor([[1e8], [1.0], [1e8]])
+    a, b = (
+        Stored(name, TensorType(DType.F32, tuple(tensor.shape)))
+        for name, tensor in source.tensors.items()
+    )
+    assert Product(a, b).read(source, ((0, 1), (0, 1))).item() == 1.0
+
+
+def test_rows_that_are_taken_are_read_alone() -> None:
+    source = Source()
+    x, _ = source.stored(8, 4)
+    Take(x, 0, (7, 1, 3)).read(source, ((1, 3), (0, 4)))
+    assert source.read == 2 * 4
 
 
 def test_a_row_of_a_stack_reads_one_part() -> None:

@@ -49,7 +49,7 @@ def test_a_change_is_noticed() -> None:
 def test_a_second_change_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     assert_idempotent(EliminateDead(), TEXT)
 
-    def counts(self: EliminateDead, module: object, statistics: Statistics, context: object) -> None:
+    def counts(self: object, module: object, statistics: Statistics, context: object) -> None:
         statistics.fired["again"] += 1
 
     monkeypatch.setattr(EliminateDead, "apply", counts)
