@@ -10,6 +10,7 @@ from liquidc.passes.fold_constants import FoldConstants
 from liquidc.passes.fuse_linear import FuseLinear
 from liquidc.passes.group_experts import GroupExperts
 from liquidc.passes.hoist_common import HoistCommon
+from liquidc.passes.prune_experts import PruneExperts
 from liquidc.passes.specialize_decode import SpecializeDecode
 from liquidc.passes.stack_experts import StackExperts
 
@@ -23,6 +24,7 @@ PASSES: dict[str, type[Pass]] = {
         FuseLinear,
         GroupExperts,
         HoistCommon,
+        PruneExperts,
         SpecializeDecode,
         StackExperts,
     )

@@ -19,7 +19,7 @@ from filecheck.parser import Parser, pattern_for_opts
 
 from liquidc.ir import Module, parse_module, print_module, verify
 from liquidc.ir.rewriter import Statistics
-from liquidc.passes.base import Pass
+from liquidc.passes.base import Pass, PassContext
 
 
 @dataclass(frozen=True)
@@ -40,29 +40,29 @@ class Rewritten:
         return self.statistics.near_misses[rule].reason
 
 
-def run_pass(step: Pass, text: str) -> Rewritten:
+def run_pass(step: Pass, text: str, context: PassContext | None = None) -> Rewritten:
     """Parse and verify `text`, run `step`, verify the result and print it."""
     module = parse_module(text)
     verify(module)
     statistics = Statistics()
-    step.run(module, statistics)
+    step.run(module, statistics, context)
     verify(module)
     printed = print_module(module)
     assert print_module(parse_module(printed)) == printed
     return Rewritten(module, printed, statistics)
 
 
-def assert_unchanged(step: Pass, text: str) -> Rewritten:
+def assert_unchanged(step: Pass, text: str, context: PassContext | None = None) -> Rewritten:
     """Run `step`, which must leave the module as it is; gives its statistics."""
-    rewritten = run_pass(step, text)
+    rewritten = run_pass(step, text, context)
     assert rewritten.text == print_module(parse_module(text))
     return rewritten
 
 
-def assert_idempotent(step: Pass, text: str) -> None:
+def assert_idempotent(step: Pass, text: str, context: PassContext | None = None) -> None:
     """A second run changes nothing and no rule fires in it."""
-    once = run_pass(step, text)
-    again = assert_unchanged(step, once.text)
+    once = run_pass(step, text, context)
+    again = assert_unchanged(step, once.text, context)
     assert not +again.statistics.fired
 
 

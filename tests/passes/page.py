@@ -22,8 +22,9 @@ This page is written from the code: `python -m tests.passes.page`.
 What a pass may change is its contract. *bitwise*: no bit of any result. *reassociates*:
 floating-point sums may be added in another order; decisions and integers stay, and in float64 the
 results stay within the rounding that the module has anyway (`tests/generator/check.py`). Under
-either contract an arm that is skipped stays skipped, and running the pass a second time changes
-nothing. A pass that cannot transform something leaves it as it is and says why.
+either contract an arm that is skipped stays skipped. *lossy*: results change; such a pass runs
+only when it is asked for, needs a profile, and is measured (`liquidc/lossy.py`). Running a pass a
+second time changes nothing. A pass that cannot transform something leaves it as it is and says why.
 
 Without wishes of its own, a target runs them in this order:
 

@@ -1,0 +1,154 @@
+"""The pass `prune-experts`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+from liquidc.errors import InputError
+from liquidc.ir import Block, Module, Op, Value, ops
+from liquidc.ir.rewriter import Refusal, Rewriter, Statistics
+from liquidc.ir.weight_maths import Take
+from liquidc.passes.base import Pass, PassContext
+from liquidc.passes.fold_constants import declare
+from liquidc.passes.routed_experts import (
+    Routed,
+    check_options,
+    readers,
+    routed,
+    routed_layers,
+    share_left,
+    starved,
+)
+from liquidc.profile import UNIT, ExpertProfile
+
+
+@dataclass(frozen=True)
+class PruneExperts(Pass):
+    """The experts that contribute least are removed, with their rows of the router.
+
+    Before::
+
+        %l = linear %x, %wr : f32[B, T, 4]
+        %i, %s = route %l, %m, k=2
+        %y = grouped_experts %x, %i, %s, %gate_up, %down
+
+    After::
+
+        %l = linear %x, %wr.kept : f32[B, T, 3]         (wr.kept = take(wr, 0, [0, 1, 3]))
+        %i, %s = route %l, %m, k=2
+        %y = grouped_experts %x, %i, %s, %gate_up.kept, %down.kept
+
+    An expert's score is REAP's (arXiv 2510.13999): the mean over its tokens of
+    weight · ‖output‖₂, from the profile; an expert without tokens goes first. Every layer, and
+    every group of a router with groups, loses the same number: `ratio` of them, or all but `keep`
+    a layer; never so many that a token finds too few. The engine numbers those that stay from 0.
+    Experts with fewer than `least` tokens are listed: their score is not to be trusted.
+    """
+
+    name: ClassVar[str] = "prune-experts"
+    contract: ClassVar[Literal["bitwise", "reassociates", "lossy"]] = "lossy"
+    keep: int = 0
+    ratio: float = 0.25
+    least: int = 32
+
+    def __post_init__(self) -> None:
+        check_options(self.keep, self.ratio)
+
+    def apply(self, module: Module, statistics: Statistics, context: PassContext) -> None:
+        """Prune every layer whose experts are found; the others keep theirs, with the reason."""
+        layers = routed_layers(module, context.need_profile(self.name), self.name)
+        users, said = readers(module), list[dict[str, Any]]()
+        for profile, routes in layers:
+            rw = Rewriter(Block(), [])
+            scores = reap(profile)
+            try:
+                found = [routed(route, users, profile, rw) for route in routes]
+                kept = _best(profile, scores, self._kept(profile, routes[0], rw), routes[0].n_group)
+            except Refusal as refusal:
+                statistics.refuse(self.name, routes[0], refusal)
+                said.append({"layer": profile.layer, "reason": refusal.reason})
+                continue
+            for one in found:
+                _prune(module, one, kept)
+            statistics.fired[self.name] += 1
+            said.append(self._facts(profile, scores, kept))
+        statistics.facts[self.name] = {"layers": said}
+
+    def _kept(self, profile: ExpertProfile, route: ops.Route, rw: Rewriter) -> int:
+        """How many experts every group keeps."""
+        size = len(profile.load) // route.n_group
+        least = -(-profile.per_token // route.topk_group)
+        count, rest = max(share_left(size, self.ratio), least), 0
+        if self.keep:
+            count, rest = divmod(self.keep, route.n_group)
+        rw.check(rest == 0, f"{self.keep} experts don't fill {route.n_group} groups")
+        rw.check(count < size, "it has no experts to spare")
+        if count < least:
+            raise InputError(
+                f"the pass {self.name}: keep={self.keep} leaves a token of layer {profile.layer} "
+                f"less than the {profile.per_token} experts that it uses"
+            )
+        return count
+
+    def _facts(
+        self, profile: ExpertProfile, scores: Sequence[float], kept: Sequence[int]
+    ) -> dict[str, Any]:
+        removed = [e for e in range(len(scores)) if e not in kept]
+        return {
+            "layer": profile.layer,
+            "kept": list(kept),
+            "removed": [
+                {"expert": e, "score": scores[e], "tokens": profile.load[e]} for e in removed
+            ],
+            "starved": starved(profile, self.least),
+        }
+
+
+def reap(profile: ExpertProfile) -> list[float]:
+    """The score of each expert.
+
+    Raises:
+        InputError: the profile does not know the experts' outputs.
+    """
+    if profile.saliency is None:
+        raise InputError(
+            "the pass prune-experts needs the experts' outputs in the profile: profile the model "
+            "directory, not an engine, which does not show them"
+        )
+    pairs = zip(profile.saliency, profile.load, strict=True)
+    return [total / tokens / UNIT if tokens else 0.0 for total, tokens in pairs]
+
+
+def _best(
+    profile: ExpertProfile, scores: Sequence[float], count: int, groups: int
+) -> tuple[int, ...]:
+    """The `count` best experts of each group; of equal ones the more used, then the first."""
+    size = len(scores) // groups
+    kept: list[int] = []
+    for start in range(0, len(scores), size):
+        group = range(start, start + size)
+        kept += sorted(group, key=lambda e: (-scores[e], -profile.load[e], e))[:count]
+    return tuple(sorted(kept))
+
+
+def _prune(module: Module, found: Routed, kept: tuple[int, ...]) -> None:
+    for op in found.ops:
+        op.set_operands([_cut(module, op, value, kept) for value in op.operands])
+    for op in (found.linear, *found.logits):
+        if isinstance(op, ops.Reshape):
+            op.set_attribute("shape", (*op.shape[:-1], len(kept)))
+        (op.result.type,) = op.infer()
+
+
+def _cut(module: Module, user: Op, value: Value, kept: tuple[int, ...]) -> Value:
+    """A weight's entries of the experts that stay; other values as they are."""
+    weight, block = value.op, user.parent
+    if not isinstance(weight, ops.Weight) or block is None:
+        return value
+    rw = Rewriter(block, [])
+    expr = Take(module.weights[weight.weight], 0, kept)
+    cut = declare(module, rw, f"{weight.weight}.kept", expr)
+    block.insert_before(user, rw.emitted[0])
+    return cut

@@ -1,0 +1,170 @@
+"""Experts and the router that chooses them: what the lossy expert passes find, and check."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from liquidc.errors import InputError
+from liquidc.ir import Module, Op, Value, ops
+from liquidc.ir.rewriter import Rewriter
+from liquidc.profile import ExpertProfile, Profile
+
+Holder = ops.GroupedExperts | ops.MapExperts
+Readers = Mapping[ops.Route, list[Op]]
+_NUMBERED = (ops.GroupedExperts, ops.MapExperts, ops.ExpertMask, ops.ExpertWeight)
+"""Ops for which an expert's number means its weights."""
+_MOVES = (ops.Reshape, ops.GatherRows, ops.Cast)
+"""Ops that leave every token's numbers as they are."""
+
+
+def check_options(keep: int, ratio: float) -> None:
+    """Refuse what makes no sense.
+
+    Raises:
+        ValueError: an option is out of its range.
+    """
+    if keep < 0 or not 0 < ratio < 1:
+        raise ValueError("keep is a number of experts, or 0; ratio lies between 0 and 1")
+
+
+def share_left(count: int, ratio: float) -> int:
+    """How many of `count` experts stay when `ratio` of them goes, rounded up."""
+    return count - int(count * ratio + 1e-9)
+
+
+def starved(profile: ExpertProfile, least: int) -> list[int]:
+    """The experts with fewer than `least` tokens."""
+    return [expert for expert, tokens in enumerate(profile.load) if tokens < least]
+
+
+@dataclass(frozen=True)
+class Routed:
+    """The experts of one layer in one function.
+
+    Attributes:
+        linear: makes the logits.
+        logits: what stands between the linear and the router, in order.
+        route: the router.
+        chosen: what stands between the router and the experts.
+        holder: the experts.
+    """
+
+    linear: ops.Linear
+    logits: tuple[Op, ...]
+    route: ops.Route
+    chosen: tuple[Op, ...]
+    holder: Holder
+
+    @property
+    def params(self) -> list[Value]:
+        """The experts' weights, experts in front."""
+        holder = self.holder
+        return holder.params if isinstance(holder, ops.MapExperts) else holder.operands[3:]
+
+    @property
+    def ops(self) -> tuple[Op, ...]:
+        """All of it; every op after those whose results it reads."""
+        return (self.linear, *self.logits, self.route, *self.chosen, self.holder)
+
+
+def routed_layers(
+    module: Module, profile: Profile, name: str
+) -> list[tuple[ExpertProfile, list[ops.Route]]]:
+    """The routers of each profiled layer, from all functions.
+
+    Routers stand in the order of the layers; those that read one weight belong to one layer.
+
+    Raises:
+        InputError: the profile is of other layers.
+    """
+    layers: list[list[ops.Route]] = [[] for _ in profile.experts]
+    for function in module.functions.values():
+        numbers: dict[object, int] = {}
+        for op in function.body.walk():
+            if isinstance(op, ops.Route):
+                number = numbers.setdefault(_weight_of(op), len(numbers))
+                if number < len(layers):
+                    layers[number].append(op)
+        if len(numbers) != len(layers):
+            raise InputError(
+                f"the pass {name}: the profile has {len(layers)} layers with experts, "
+                f"@{function.name} has {len(numbers)}"
+            )
+    return list(zip(profile.experts, layers, strict=True))
+
+
+def readers(module: Module) -> Readers:
+    """By router, the ops that take its choice for numbers of weights."""
+    found: defaultdict[ops.Route, list[Op]] = defaultdict(list)
+    for op in module.walk():
+        if isinstance(op, _NUMBERED) and (route := _origin(op.index)[0]) is not None:
+            found[route].append(op)
+    return found
+
+
+def routed(route: ops.Route, users: Readers, profile: ExpertProfile, rw: Rewriter) -> Routed:
+    """The experts behind a router, and its linear.
+
+    Raises:
+        Refusal: they are not understood.
+    """
+    count, k = route.logits.shape[-1], route.k
+    same = (count, k) == (len(profile.load), profile.per_token)
+    rw.check(same, f"the profile is of {len(profile.load)} experts, not {count}")
+    held = users.get(route, [])
+    holder = held[0] if len(held) == 1 else None
+    if not isinstance(holder, Holder):
+        rw.refuse("its experts are not in one op: run group-experts before")
+    numbers = _origin(holder.index)[1]
+    weights_from, weights = _origin(holder.weight)
+    rw.check(weights_from is route, "the experts' weights are not the router's")
+    linear, logits = logits_from(route)
+    linear = rw.need(linear, ops.Linear, "the router's logits come from no linear")
+    alone = all(len(op.result.uses) == 1 for op in (linear, *logits))
+    rw.check(alone, "the router's logits are used elsewhere")
+    found = Routed(linear, logits, route, (*numbers, *weights), holder)
+    needed = [linear.weight, linear.bias, route.selection_bias, *found.params]
+    known = all(value is None or isinstance(value.op, ops.Weight) for value in needed)
+    rw.check(known, "a parameter of the router or of the experts is computed")
+    return found
+
+
+def logits_from(route: ops.Route) -> tuple[Op | None, tuple[Op, ...]]:
+    """The op that makes a router's logits, and what stands between, in order."""
+    between: list[Op] = []
+    op = route.logits.op
+    while op is not None:
+        if isinstance(op, ops.Add) and (added := _weight_operand(op)) is not None:
+            between.append(op)
+            op = (op.b if added is op.a else op.a).op
+        elif isinstance(op, _MOVES) and op.x.shape[-1:] == op.y.shape[-1:]:
+            between.append(op)
+            op = op.x.op
+        else:
+            break
+    return op, tuple(reversed(between))
+
+
+def _weight_operand(op: ops.Add) -> Value | None:
+    """A bias [E] that an op adds."""
+    shape = op.y.shape[-1:]
+    return next((v for v in op.operands if isinstance(v.op, ops.Weight) and v.shape == shape), None)
+
+
+def _weight_of(route: ops.Route) -> object:
+    """What tells the routers of a function apart."""
+    linear = logits_from(route)[0]
+    weight = linear.weight.op if isinstance(linear, ops.Linear) else None
+    return weight.weight if isinstance(weight, ops.Weight) else route
+
+
+def _origin(value: Value) -> tuple[ops.Route | None, tuple[Op, ...]]:
+    """The router that an index or a weight comes from, and what stands between, in order."""
+    between: list[Op] = []
+    op = value.op
+    while isinstance(op, (*_MOVES, ops.Where)):
+        between.append(op)
+        op = (op.a if isinstance(op, ops.Where) else op.x).op
+    return (op if isinstance(op, ops.Route) else None), tuple(reversed(between))
