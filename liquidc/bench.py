@@ -99,12 +99,14 @@ def bench(
 
 
 def controls(engine: Engine, level: int) -> DepthControls:
-    """The gates forced so that `level` percent of them are on, spread evenly over the layers."""
-    count = len(engine.manifest.model.gates)
-    force = tuple(
-        1 if (gate + 1) * level // 100 > gate * level // 100 else -1 for gate in range(count)
-    )
-    return DepthControls(gate_force=force) if count else DepthControls()
+    """The free gates forced so that `level` percent of them are on, spread evenly over them."""
+    gates = engine.manifest.model.gates
+    count, force, free = len(gates), [0] * len(gates), 0
+    for index, gate in enumerate(gates):
+        if not gate.fixed:
+            on = (free + 1) * level // 100 > free * level // 100
+            force[index], free = 1 if on else -1, free + 1
+    return DepthControls(gate_force=tuple(force)) if count else DepthControls()
 
 
 def interval(samples: Sequence[float]) -> tuple[float, float]:

@@ -58,7 +58,11 @@ def cache_info(module: Module) -> CacheInfo | None:
     if not keys:
         return None
     policy = str(module.attributes.get("kv_policy", "own"))
-    return CacheInfo(len(keys), str(keys[0].dtype), keys[0].shape, policy)
+    lengths = next(arg for arg in main.args if arg.name == "kv_len")
+    layers = sizes(lengths.shape[:1])[0]
+    present = {int(key.name.split(".")[1]) for key in keys}
+    absent = tuple(layer for layer in range(layers) if layer not in present)
+    return CacheInfo(layers, str(keys[0].dtype), keys[0].shape, policy, absent)
 
 
 def main_function(module: Module) -> Function:
@@ -100,11 +104,11 @@ def _spec(name: str, type: TensorType) -> TensorSpec:
 
 
 def _gates(main: Function) -> tuple[GateInfo, ...]:
-    found = {
-        op.gate: GateInfo(op.layer, op.threshold, op.compare, op.reserved)
-        for op in main.body.walk()
-        if isinstance(op, ops.DepthGate)
-    }
+    found: dict[int, GateInfo] = {}
+    for op in main.body.walk():
+        if isinstance(op, ops.DepthGate | ops.FixedGate):
+            fixed = 0 if isinstance(op, ops.DepthGate) else 1 if op.run else -1
+            found[op.gate] = GateInfo(op.layer, op.threshold, op.compare, op.reserved, fixed)
     return tuple(found[index] for index in sorted(found))
 
 

@@ -120,6 +120,8 @@ class GateMetrics:
     ) -> None:
         """Compare p and decisions, each [G, T]; the routes up to each decision must be equal.
 
+        Gates that were fixed at compile time decide nothing and are left out.
+
         Args:
             window: number of the window, for the list of flips.
             p: of the engine.
@@ -128,13 +130,17 @@ class GateMetrics:
             decided_reference: of the reference.
             start: index of the first token.
         """
-        if not p.size:
+        free = [index for index, gate in enumerate(self.gates) if not gate.fixed]
+        if not p.size or not free:
             return
+        p, p_reference = p[free], p_reference[free]
+        decided, decided_reference = decided[free], decided_reference[free]
+        gates = [self.gates[index] for index in free]
         delta = np.abs(p.astype(np.float64) - p_reference)
         self.max_delta = max(self.max_delta, float(delta.max()))
-        tau = np.array([gate.threshold for gate in self.gates])[:, None]
+        tau = np.array([gate.threshold for gate in gates])[:, None]
         distance = np.maximum(np.abs(p.astype(np.float64) - tau), np.abs(p_reference - tau))
-        reserved = np.array([gate.reserved for gate in self.gates])[:, None]
+        reserved = np.array([gate.reserved for gate in gates])[:, None]
         tokens: NDArray[np.int64] = np.arange(start, start + p.shape[1], dtype=np.int64)
         forced = tokens[None, :] < reserved
         same = decided == decided_reference
@@ -147,8 +153,8 @@ class GateMetrics:
                 Flip(
                     window,
                     start + token,
-                    gate,
-                    self.gates[gate].layer,
+                    free[gate],
+                    gates[gate].layer,
                     float(p[gate, token]),
                     float(p_reference[gate, token]),
                     bool(close[gate, token]),
@@ -272,7 +278,7 @@ def decide(
     for index, gate in enumerate(gates):
         tau = np.float32(gate.threshold)
         above = p[index] > tau if gate.compare == "gt" else p[index] >= tau
-        decided[index] = above | (tokens < gate.reserved)
+        decided[index] = gate.fixed > 0 if gate.fixed else above | (tokens < gate.reserved)
     return decided
 
 

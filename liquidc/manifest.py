@@ -51,12 +51,16 @@ class EntryPoint:
 
 @dataclass(frozen=True, slots=True)
 class GateInfo:
-    """One depth gate; its index in the list is its index in `gate_force` and `gates`."""
+    """One depth gate; its index in the list is its index in `gate_force` and `gates`.
+
+    `fixed` is 1 or -1 if the gate was decided at compile time: to run for all tokens, or for none.
+    """
 
     layer: int
     threshold: float
     compare: str
     reserved: int = 0
+    fixed: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,12 +87,22 @@ class ModelInfo:
 
 @dataclass(frozen=True, slots=True)
 class CacheInfo:
-    """The key/value cache: per layer a `key` and a `value` of `shape` and a length per row."""
+    """The key/value cache: per layer a `key` and a `value` of `shape` and a length per row.
+
+    The layers in `absent` never attend: they have no key and value, and their lengths say nothing.
+    """
 
     layers: int
     dtype: str
     shape: tuple[int | str, ...]
     policy: str
+    absent: tuple[int, ...] = ()
+
+    @property
+    def buffers(self) -> tuple[str, ...]:
+        """Names of the arguments that hold it: `past.3.key` and so on."""
+        present = [layer for layer in range(self.layers) if layer not in self.absent]
+        return tuple(f"past.{layer}.{part}" for layer in present for part in ("key", "value"))
 
 
 @dataclass(frozen=True, slots=True)

@@ -53,9 +53,9 @@ class Reference:
         return cls(LiquidForCausalLM.from_directory(directory))
 
     @torch.no_grad()
-    def evaluate(self, ids: Sequence[int]) -> ReferenceResult:
-        """Everything for every position of one sequence."""
-        return _result(self.model(torch.tensor([list(ids)])))
+    def evaluate(self, ids: Sequence[int], force: Sequence[int] | None = None) -> ReferenceResult:
+        """Everything for every position of one sequence; `force` as `gate_force`."""
+        return _result(self.model(torch.tensor([list(ids)]), gate_force=_force(force)))
 
     @torch.no_grad()
     def replay(
@@ -64,6 +64,7 @@ class Reference:
         natural: ReferenceResult,
         first: int,
         routes: NDArray[np.bool_],
+        force: Sequence[int] | None = None,
     ) -> ReferenceResult:
         """As `natural` before token `first`; from there on, each token on the given routes.
 
@@ -72,14 +73,16 @@ class Reference:
             natural: the result of `evaluate`.
             first: the first token whose gates are forced.
             routes: bool[G, T].
+            force: as `evaluate`, for the tokens before `first`.
         """
         cache: LiquidCache | None = self.model.new_cache(1, len(ids))
         if first:
-            cache = self.model(torch.tensor([list(ids[:first])]), cache).cache
+            head = torch.tensor([list(ids[:first])])
+            cache = self.model(head, cache, gate_force=_force(force)).cache
         steps: list[ReferenceResult] = []
         for token in range(first, len(ids)):
-            force = torch.tensor(np.where(routes[:, token], 1, -1).astype(np.int8))
-            output = self.model(torch.tensor([[ids[token]]]), cache, gate_force=force)
+            forced = torch.tensor(np.where(routes[:, token], 1, -1).astype(np.int8))
+            output = self.model(torch.tensor([[ids[token]]]), cache, gate_force=forced)
             cache = output.cache
             steps.append(_result(output))
         parts = [_cut(natural, first), *steps]
@@ -91,17 +94,23 @@ class Reference:
         )
 
     @torch.no_grad()
-    def greedy(self, prompts: Sequence[Sequence[int]], count: int) -> list[list[int]]:
+    def greedy(
+        self, prompts: Sequence[Sequence[int]], count: int, force: Sequence[int] | None = None
+    ) -> list[list[int]]:
         """`count` tokens after each prompt of equal length, the most probable each time."""
         ids = torch.tensor([list(prompt) for prompt in prompts])
         cache = self.model.new_cache(len(ids), ids.shape[1] + count)
         made: list[torch.Tensor] = []
         for _ in range(count):
-            output = self.model(ids, cache)
+            output = self.model(ids, cache, gate_force=_force(force))
             cache = output.cache
             ids = output.logits[:, -1].argmax(-1, keepdim=True)
             made.append(ids)
         return cast(list[list[int]], torch.cat(made, 1).numpy().tolist())
+
+
+def _force(force: Sequence[int] | None) -> torch.Tensor | None:
+    return torch.tensor(list(force), dtype=torch.int8) if force and any(force) else None
 
 
 def _result(output: LiquidOutput) -> ReferenceResult:

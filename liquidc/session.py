@@ -234,6 +234,15 @@ def check_controls(manifest: Manifest, depth: DepthControls) -> None:
     force = depth.gate_force
     if force is not None and (len(force) != gates or not set(force) <= {-1, 0, 1}):
         raise InputError(f"gate_force must be {gates} numbers, each -1, 0 or 1")
+    for index, (gate, asked) in enumerate(zip(manifest.model.gates, force or (), strict=False)):
+        if gate.fixed and asked not in (0, gate.fixed):
+            done = "run" if gate.fixed > 0 else "skip"
+            raise InputError(
+                f"gate_force: gate {index} (layer {gate.layer}) was fixed to {done} by the compile"
+            )
+    most = layers - len({gate.layer for gate in manifest.model.gates if gate.fixed < 0})
+    if depth.min_depth > most:
+        raise InputError(f"min_depth is {depth.min_depth}, this engine has {most} layers left")
 
 
 def check_ids(manifest: Manifest, ids: Ids) -> None:

@@ -20,13 +20,18 @@ from liquidc.session import DepthControls, StepResult
 
 @dataclass(frozen=True, slots=True)
 class Proof:
-    """Tokens run by gate and by expert, as decided and as traced."""
+    """Tokens run by gate and by expert, as decided and as traced.
+
+    A gate that was fixed at compile time decides nothing, and nothing stands behind it: it counts
+    as 0 on both sides. `free` gates are left.
+    """
 
     gates: tuple[int, ...]
     gates_traced: tuple[int, ...]
     experts: dict[int, dict[int, int]]
     experts_traced: dict[int, dict[int, int]]
     tokens: int
+    free: int
 
     @property
     def holds(self) -> bool:
@@ -42,7 +47,7 @@ class Proof:
         return {
             "layers_run_by_gates": sum(self.gates),
             "layers_run_by_trace": sum(self.gates_traced),
-            "layers_offered": len(self.gates) * self.tokens,
+            "layers_offered": self.free * self.tokens,
             "gates_run": list(self.gates),
             "gates_run_traced": list(self.gates_traced),
             "experts_run_by_routes": sum(sum(self.experts[n].values()) for n in layers),
@@ -65,7 +70,8 @@ def prove(
         new_tokens: decoding steps after each prompt.
         depth: how deep to run.
     """
-    gates = [0] * len(engine.manifest.model.gates)
+    fixed = [bool(gate.fixed) for gate in engine.manifest.model.gates]
+    gates = [0] * len(fixed)
     experts: dict[int, Counter[int]] = {
         info.layer: Counter() for info in engine.manifest.model.experts
     }
@@ -76,7 +82,7 @@ def prove(
         nonlocal tokens
         tokens += result.gates.shape[2]
         for gate, ran in enumerate(result.gates.sum((1, 2))):
-            gates[gate] += int(ran)
+            gates[gate] += 0 if fixed[gate] else int(ran)
         for layer, counter in experts.items():
             counter.update(int(e) for e in result.experts[layer].ravel() if e >= 0)
 
@@ -98,6 +104,7 @@ def prove(
         {layer: dict(counter) for layer, counter in experts.items()},
         trace.experts,
         tokens,
+        fixed.count(False),
     )
 
 

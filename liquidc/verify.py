@@ -1,5 +1,8 @@
 """Engine against PyTorch: the same text, compared in the model's own terms, then the trace proof.
 
+Gates that were fixed at compile time are forced in the reference too: an engine must compute what
+its own description says. How far that is from the original model is reported as `original`.
+
 Where a gate flips, everything after it is computed on another route. The rest of that window is
 therefore compared with a reference whose routes are forced to the engine's, token by token.
 """
@@ -208,25 +211,32 @@ def _compare(
     model = engine.manifest.model
     logits, gates, experts = LogitMetrics(), GateMetrics(model.gates), ExpertMetrics()
     depth = DepthMetrics(model.layers, tuple(gate.layer for gate in model.gates))
+    fixed = [gate.fixed for gate in model.gates]
+    original = LogitMetrics()
     replayed = 0
     for number, window in enumerate(windows):
         report("windows", number, len(windows))
         ids = [data.ids[i] for i in window]
         ours = engine.evaluate(ids)
-        theirs = reference.evaluate(ids)
+        theirs = reference.evaluate(ids, fixed)
         depth.add(ours.gates[:, 0], theirs.gates)
         flipped = (ours.gates[:, 0] != theirs.gates).any(0)
         if flipped.any():
             first = int(flipped.argmax())
-            theirs = reference.replay(ids, theirs, first, ours.gates[:, 0])
+            theirs = reference.replay(ids, theirs, first, ours.gates[:, 0], fixed)
             replayed += len(ids) - first
         decided = decide(model.gates, theirs.gate_p)
         gates.add(number, ours.gate_p[:, 0], ours.gates[:, 0], theirs.gate_p, decided)
         logits.add(ours.logits[0], theirs.logits)
+        free = reference.evaluate(ids).logits if any(fixed) else None
+        if free is not None:
+            original.add(ours.logits[0], free)
         if data.starts:
             targets = np.array(ids[1:], np.int64)
             size = data.starts[window.stop] - data.starts[window.start + 1]
             logits.add_text(ours.logits[0, :-1], theirs.logits[:-1], targets, size)
+            if free is not None:
+                original.add_text(ours.logits[0, :-1], free[:-1], targets, size)
         if theirs.experts is not None:
             experts.add(number, ours.experts[:, 0], theirs.experts)
     report("windows", len(windows), len(windows))
@@ -235,6 +245,7 @@ def _compare(
         **gates.report(),
         **experts.report(),
         **depth.report(),
+        "original": original.report() if any(fixed) else None,
         "tokens": sum(map(len, windows)),
         "tokens_with_forced_routes": replayed,
     }
@@ -251,7 +262,8 @@ def _greedy(
     count = options.new_tokens
     if context is not None:
         count = min(count, context - len(prompts[0]) + 1)
-    expected = reference.greedy(prompts, count)
+    fixed = [gate.fixed for gate in engine.manifest.model.gates]
+    expected = reference.greedy(prompts, count, fixed)
     matched: list[int] = []
     for number, (prompt, theirs) in enumerate(zip(prompts, expected, strict=True)):
         report("greedy", number, len(prompts))

@@ -6,6 +6,7 @@ from liquidc.passes.base import Pass
 from liquidc.passes.compact_tokens import CompactTokens
 from liquidc.passes.eliminate_common import EliminateCommon
 from liquidc.passes.eliminate_dead import EliminateDead
+from liquidc.passes.fix_gates import FixGates
 from liquidc.passes.fold_constants import FoldConstants
 from liquidc.passes.fuse_linear import FuseLinear
 from liquidc.passes.group_experts import GroupExperts
@@ -20,6 +21,7 @@ PASSES: dict[str, type[Pass]] = {
         CompactTokens,
         EliminateCommon,
         EliminateDead,
+        FixGates,
         FoldConstants,
         FuseLinear,
         GroupExperts,

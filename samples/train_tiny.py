@@ -5,7 +5,8 @@ together. The gates are held open at first; then the budget loss of model spec 5
 straight-through, under noise on their scores that fades away, and a margin term drives the
 probabilities away from the threshold, so that decisions survive quantisation. The experts are
 balanced layer by layer: over all layers together, a dead expert of one hides behind the others.
-Most gates are kept from always or never running; two are free to, as layers of trained models do.
+Gates are kept from always or never running but for two: one layer is to run for almost no token
+and another may run for all, so that specialisation finds in the sample what large models have.
 
 One thread and a fixed number of steps: the same seed gives the same weights on the same processor.
 """
@@ -43,7 +44,11 @@ LENGTH = 256
 
 @dataclass(frozen=True)
 class Recipe:
-    """What the training does; times are fractions of it, `free` are gates of any run rate."""
+    """What the training does; times are fractions of it.
+
+    Gate `rare` is to run for almost no token, gate `frequent` may run for all of them; the other
+    gates have run rates from `lowest_rate` to `highest_rate`.
+    """
 
     rows: int = 16
     rate: float = 3e-3
@@ -59,7 +64,8 @@ class Recipe:
     spread: float = 2.0
     lowest_rate: float = 0.25
     highest_rate: float = 0.85
-    free: tuple[int, ...] = (0, 3)
+    rare: int = 0
+    frequent: int = 3
 
 
 def gated_share(config: LiquidConfig, rate: float) -> float:
@@ -94,6 +100,14 @@ def tiny_config(rate: float = 0.55) -> LiquidConfig:
         depth_target=round(gated_share(config, rate), 4), depth_coef=1.0, router_aux_coef=0.02
     )
     return replace(config, training=budget)
+
+
+def rate_bounds(recipe: Recipe, gates: int) -> tuple[Tensor, Tensor]:
+    """The least and the greatest run rate of each gate, f32[G]."""
+    low, high = torch.full((gates,), recipe.lowest_rate), torch.full((gates,), recipe.highest_rate)
+    low[recipe.rare], high[recipe.rare] = 0.0, 0.01
+    high[recipe.frequent] = 1.0
+    return low, high
 
 
 def ramp(at: float, start: float, end: float) -> float:
@@ -174,9 +188,9 @@ class Trainer:
             margin = r.margin * ramp(at, r.margin_from, 1.0)
             loss = loss + margin * (p * (1 - p)).mean()
             rate = (parts.gates + p - p.detach()).mean((1, 2))
-            outside = (r.lowest_rate - rate).relu() + (rate - r.highest_rate).relu()
-            held = [gate for gate in range(len(rate)) if gate not in r.free]
-            loss = loss + r.spread * outside[held].square().sum()
+            low, high = rate_bounds(r, len(rate))
+            outside = (low - rate).relu() + (rate - high).relu()
+            loss = loss + r.spread * outside.square().sum()
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)

@@ -66,11 +66,7 @@ class NullRunner(Runner):
         named = {"B": batch, "S": capacity}
         shape = [dim if isinstance(dim, int) else named[dim] for dim in info.shape]
         dtype = torch_dtype(DType(info.dtype))
-        tensors = {
-            f"past.{layer}.{part}": torch.zeros(shape, dtype=dtype)
-            for layer in range(info.layers)
-            for part in ("key", "value")
-        }
+        tensors = {name: torch.zeros(shape, dtype=dtype) for name in info.buffers}
         length = torch.zeros(info.layers, batch, dtype=torch.int64)
         return NullCache(batch, capacity, tensors, length)
 

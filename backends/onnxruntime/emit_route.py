@@ -32,6 +32,14 @@ def depth_gate(g: Graph, op: ops.DepthGate) -> list[str]:
     return [g.op("And", [mask, g.name(op.valid)]), g.op("Sigmoid", [score])]
 
 
+def fixed_gate(g: Graph, op: ops.FixedGate) -> list[str]:
+    """All valid tokens, or none; p is the number of it."""
+    valid = g.name(op.valid)
+    mask = g.op("And", [valid, g.const(op.run, np.bool_)])
+    shape = g.op("Shape", [valid])
+    return [mask, g.op("Expand", [g.const(float(op.run), F32), shape])]
+
+
 def route(g: Graph, op: ops.Route) -> list[str]:
     """TopK, which lets the lowest index win a tie, and the weights of what it chose."""
     logits = g.name(op.logits)
@@ -107,6 +115,7 @@ def expert_weight(g: Graph, op: ops.ExpertWeight) -> list[str]:
 
 EMIT: dict[type[Op], Emit] = {
     ops.DepthGate: depth_gate,
+    ops.FixedGate: fixed_gate,
     ops.Route: route,
     ops.ExpertMask: expert_mask,
     ops.ExpertWeight: expert_weight,

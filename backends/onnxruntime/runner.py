@@ -91,9 +91,8 @@ class OrtRunner(Runner):
         named = {"B": batch, "S": capacity}
         shape = [dim if isinstance(dim, int) else named[dim] for dim in info.shape]
         buffers = {
-            f"past.{layer}.{part}": ort.OrtValue.ortvalue_from_numpy(np.zeros(shape, np.float32))
-            for layer in range(info.layers)
-            for part in ("key", "value")
+            name: ort.OrtValue.ortvalue_from_numpy(np.zeros(shape, np.float32))
+            for name in info.buffers
         }
         return OrtCache(batch, capacity, buffers, np.zeros((info.layers, batch), np.int64))
 

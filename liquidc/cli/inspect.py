@@ -100,4 +100,6 @@ def _show_layers(manifest: Manifest) -> None:
 
 
 def _rule(gate: GateInfo) -> str:
+    if gate.fixed:
+        return "fixed to run" if gate.fixed > 0 else "fixed to skip"
     return f"p {'>' if gate.compare == 'gt' else '≥'} {gate.threshold:g}"

@@ -115,6 +115,9 @@ class Interpreter:
             case ops.Cast():
                 x = frame.values[op.x]
                 return [x.ne(0) if op.to == DType.BOOL else x.to(self.dtype(op.to))]
+            case ops.FixedGate():
+                mask, p = semantics.fixed_gate(frame.values[op.valid], op.run)
+                return [mask, p.to(self.dtype(DType.F32))]
             case ops.MapExperts():
                 return [self._map_experts(op, frame)]
             case _:

@@ -63,6 +63,12 @@ def depth_gate(
     return mask & valid, p
 
 
+def fixed_gate(valid: Tensor, run: bool) -> tuple[Tensor, Tensor]:
+    """A gate that was decided at compile time: (mask bool[B, T], p f32[B, T])."""
+    mask = valid if run else torch.zeros_like(valid)
+    return mask, torch.full(valid.shape, float(run))
+
+
 def append(cache: Tensor, new: Tensor, length: Tensor, mask: Tensor) -> Tensor:
     """The cache [B, KV, S, hd] with the tokens of `new` [B, T, KV, hd] where mask bool[B, T] holds.
 

@@ -159,6 +159,10 @@ EXAMPLES: dict[str, Example] = {
         "gather_rows %x, %r : f32[N, 4]",
         lambda x, r: x.reshape(-1, 4)[r],
     ),
+    "fixed_gate": Example(
+        "m: bool[B, T]",
+        "fixed_gate %m, layer=1, gate=0, run=true, threshold=0.5 : bool[B, T], f32[B, T]",
+    ),
     "expert_mask": Example(
         "i: i64[B, T, 2]",
         "expert_mask %i, expert=1 : bool[B, T]",

@@ -65,6 +65,33 @@ class DepthGate(Op, name="depth_gate"):
             raise ValueError(f'compare is "gt" or "ge", not "{self.compare}"')
 
 
+class FixedGate(Op, name="fixed_gate"):
+    """A depth gate that was decided at compile time: all tokens run, or none.
+
+    With `run` the mask is `valid` and p is 1, else the mask is false and p is 0. `threshold`,
+    `compare` and `reserved` are those of the gate that stood here.
+    """
+
+    valid: Value = operand()
+    layer: int = attribute()
+    gate: int = attribute()
+    run: bool = attribute()
+    threshold: float = attribute()
+    compare: str = attribute(default="gt")
+    reserved: int = attribute(default=0)
+    mask: Value = result()
+    p: Value = result()
+
+    def infer(self) -> tuple[TensorType, ...]:
+        """bool[B, T] and f32[B, T]."""
+        return (self.valid.type, self.valid.type.with_dtype(DType.F32))
+
+    def verify(self) -> None:
+        """The type of `valid`."""
+        if self.valid.dtype != DType.BOOL or self.valid.type.rank != 2:
+            raise ValueError(f"valid must be bool[B, T], not {self.valid.type}")
+
+
 class Append(Op, name="append"):
     """Write the tokens of `new` [B, T, KV, hd] where `mask` [B, T] holds into the cache.
 
