@@ -98,6 +98,13 @@ def _limit_groups(g: Graph, op: ops.Route, scores: str) -> str:
     return g.op("Reshape", [filled, g.const([*lead, experts])])
 
 
+def renumber(g: Graph, op: ops.Renumber) -> list[str]:
+    """The table's entries, and negative numbers as they are."""
+    index, zero = g.name(op.index), g.const(0)
+    found = g.op("Gather", [g.const(list(op.table)), g.op("Max", [index, zero])])
+    return [g.op("Where", [g.op("Less", [index, zero]), index, found])]
+
+
 def expert_mask(g: Graph, op: ops.ExpertMask) -> list[str]:
     """Whether a slot holds the expert."""
     hits = g.op("Equal", [g.name(op.index), g.const(op.expert)])
@@ -117,6 +124,7 @@ EMIT: dict[type[Op], Emit] = {
     ops.DepthGate: depth_gate,
     ops.FixedGate: fixed_gate,
     ops.Route: route,
+    ops.Renumber: renumber,
     ops.ExpertMask: expert_mask,
     ops.ExpertWeight: expert_weight,
 }

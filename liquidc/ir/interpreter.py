@@ -302,6 +302,7 @@ COMPUTE: dict[type[Op], Callable[..., Any]] = {
     ops.Append: _semantic(semantics.append),
     ops.Attend: _semantic(semantics.attend),
     ops.Route: _semantic(semantics.route),
+    ops.Renumber: _semantic(semantics.renumber),
     ops.ExpertMask: _semantic(semantics.expert_mask),
     ops.ExpertWeight: _semantic(semantics.expert_weight),
     ops.GroupedExperts: _grouped,

@@ -6,7 +6,7 @@ are differentiable where that has a meaning, and work in any floating dtype.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 
@@ -157,6 +157,12 @@ def _limit_groups(
     kept = torch.zeros_like(rank, dtype=torch.bool).scatter(-1, best, True)
     fill = 0.0 if group_fill == "zero" else float("-inf")
     return grouped.masked_fill(~kept[..., None], fill).flatten(-2)
+
+
+def renumber(index: Tensor, table: Sequence[int]) -> Tensor:
+    """`table[index]`; a negative number stays."""
+    numbers = torch.tensor(table, device=index.device)
+    return torch.where(index < 0, index, numbers[index.clamp_min(0)])
 
 
 def expert_mask(index: Tensor, expert: int) -> Tensor:

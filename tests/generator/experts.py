@@ -24,6 +24,9 @@ def mixture(b: Builder, x: Value, mask: Value, label: str) -> Routed:
     """Experts over the tokens of `mask`; the others get -1 and 0."""
     count = b.rng.choice((2, 4))
     index, weight = router(b, x, mask, count)
+    if b.chance(20):
+        table = [b.rng.randrange(count) for _ in range(count)]
+        index = b.add(ops.Renumber(index, table=table))
     apply = b.rng.choice(("output", "input"))
     body = b.rng.choice(BODIES)
     stacks = [b.stack(count, *shape) for shape in body.shapes]

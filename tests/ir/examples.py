@@ -163,6 +163,11 @@ EXAMPLES: dict[str, Example] = {
         "m: bool[B, T]",
         "fixed_gate %m, layer=1, gate=0, run=true, threshold=0.5 : bool[B, T], f32[B, T]",
     ),
+    "renumber": Example(
+        "i: i64[B, T, 2]",
+        "renumber %i, table=[2, 0, 1] : i64[B, T, 2]",
+        lambda i: torch.tensor([2, 0, 1])[i],
+    ),
     "expert_mask": Example(
         "i: i64[B, T, 2]",
         "expert_mask %i, expert=1 : bool[B, T]",

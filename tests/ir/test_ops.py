@@ -42,6 +42,18 @@ def test_example(name: str) -> None:
             torch.testing.assert_close(got["y0"], wanted, rtol=1e-6, atol=1e-6, equal_nan=True)
 
 
+def test_renumber_leaves_negative_numbers_and_wants_a_table_of_experts() -> None:
+    module = EXAMPLES["renumber"].module()
+    (name,) = EXAMPLES["renumber"].inputs(0)
+    index = torch.tensor([[[2, -1], [-1, 0]]])
+    got = Interpreter(module, NoWeights()).run("prefill", {name: index})["y0"]
+    assert got.tolist() == [[[1, -1], [-1, 2]]]
+    for table in ((), (0, -1)):
+        module.functions["prefill"].body.ops[0].set_attribute("table", table)
+        with pytest.raises(IRError, match="the table must hold the numbers of experts"):
+            verify(module)
+
+
 @pytest.mark.parametrize("name", [n for n, e in EXAMPLES.items() if e.args])
 def test_operands_that_do_not_fit(name: str) -> None:
     """No op takes a seven-dimensional operand of an odd type in place of its first one."""

@@ -196,6 +196,25 @@ class Route(Op, name="route", tokenwise=True):
             raise ValueError(f"{self.topk_group} of {self.n_group} groups of {experts} experts")
 
 
+class Renumber(Op, name="renumber", tokenwise=True):
+    """Other numbers for experts: `table[index]` for `index` [...]; a negative number stays."""
+
+    index: Value = operand()
+    table: tuple[int, ...] = attribute()
+    y: Value = result()
+
+    def infer(self) -> tuple[TensorType, ...]:
+        """As the index."""
+        return (self.index.type,)
+
+    def verify(self) -> None:
+        """An index; a table of numbers."""
+        if self.index.dtype != DType.I64:
+            raise ValueError(f"the index must be i64, not {self.index.type}")
+        if not self.table or min(self.table) < 0:
+            raise ValueError(f"the table must hold the numbers of experts, not {self.table}")
+
+
 class ExpertMask(Op, name="expert_mask", tokenwise=True):
     """Whether a token with the experts `index` [..., k] uses one expert: bool[...]."""
 
