@@ -30,12 +30,15 @@ from liquidc.passes.registry import DEFAULT_PIPELINE
 from liquidc.passplan import PassPlan, plan_passes, run_passes
 from liquidc.profile import read_profile
 from liquidc.records import canonical
+from liquidc.specialize import Lossy
 from liquidc.version import __version__
 
 if TYPE_CHECKING:
     import torch
 
 IR_SUFFIX = ".ir"
+WHOLE = ("hoist-common", "group-experts")
+"""After these passes a layer is still one conditional with one op for its experts."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +49,13 @@ class CompileOptions:
         target: name of the backend.
         passes: names instead of the target's own, in order, with options as `name{key=value}`.
         without: names of passes to leave out.
+        add: names of passes to run besides, where the model's layers are still whole.
         profile: what `liquidc profile` measured of this model, for passes that need it.
+        specialize: "exact" adds what the profile suggests and changes no result; "budget" also
+            fixes gates as far as `max_kl` allows.
+        max_kl: mean KL(original || compiled) in nats per token that a lossy compile may cost;
+            None for 0.01 with `specialize="budget"`, else no limit.
+        data: held-out text to measure a lossy compile on; default: heldout.txt of the model.
         verify_each: check the IR after every pass.
         dump: directory that gets each stage's artefact.
         start: stage whose artefact is read from a file instead of being computed.
@@ -56,7 +65,11 @@ class CompileOptions:
     target: str = "onnxruntime"
     passes: tuple[str, ...] | None = None
     without: tuple[str, ...] = ()
+    add: tuple[str, ...] = ()
     profile: Path | None = None
+    specialize: str = ""
+    max_kl: float | None = None
+    data: Path | None = None
     verify_each: bool = False
     dump: Path | None = None
     start: tuple[str, Path] | None = None
@@ -169,9 +182,21 @@ def make_plan(options: CompileOptions) -> Plan:
 
 
 def _pass_names(options: CompileOptions, backend: Backend) -> tuple[str, ...]:
-    if options.passes is not None:
-        return options.passes
-    return DEFAULT_PIPELINE if backend.pipeline is None else backend.pipeline
+    if options.specialize not in ("", "exact", "budget"):
+        raise InputError(f"specialize is exact or budget, not {options.specialize!r}")
+    if options.specialize and options.profile is None:
+        raise InputError("to specialise a model takes a profile: give one with --profile P.json")
+    names = options.passes
+    if names is None:
+        names = DEFAULT_PIPELINE if backend.pipeline is None else backend.pipeline
+    added = list(options.add)
+    if options.specialize == "budget":
+        added += ["fix-gates", "eliminate-dead"]
+    if not added:
+        return names
+    bare = [name.partition("{")[0] for name in names]
+    at = max((bare.index(name) + 1 for name in WHOLE if name in bare), default=0)
+    return (*names[:at], *added, *names[at:])
 
 
 def open_model(model: str | Path | torch.nn.Module) -> ModelInput:
@@ -226,21 +251,33 @@ class _Run:
     statistics: Statistics = field(default_factory=Statistics)
     dumped: int = 0
 
+    def __post_init__(self) -> None:
+        self.passes = self.plan.passes
+
     def everything(self) -> Manifest:
         """Run all stages; returns the manifest without `files`."""
         start = self.options.start
+        context = self._context()
+        fidelity: dict[str, Any] | None = None
         if start is not None and start[0] == "passes":
             module = self._read(start[1])
-        elif start is not None and start[0] == "trace":
-            module = self._timed("passes", lambda: self._passes(self._read(start[1])))
         else:
-            module = self._timed("trace", self._trace)
-            module = self._timed("passes", lambda: self._passes(module))
+            if start is not None and start[0] == "trace":
+                traced = self._read(start[1])
+            else:
+                traced = self._timed("trace", self._trace)
+            lossy = Lossy(self.options, self.model, self.plan.passes, context)
+            if self.options.specialize == "budget":
+                self.passes = self._timed("specialize", lambda: lossy.choose(traced))
+            module = self._timed("passes", lambda: self._passes(traced, context))
+            if lossy.needed:
+                fidelity = self._timed("measure", lambda: lossy.measure(traced, module))
+                self.statistics.facts.setdefault("fix-gates", {}).update(lossy.told)
         artifact = self._backend_stages(module)
         files = self.model.files()
         for name, data in sorted(files.items()):
             (self.directory / name).write_bytes(data)
-        return self._timed("manifest", lambda: self._manifest(module, artifact))
+        return self._timed("manifest", lambda: self._manifest(module, artifact, fidelity))
 
     def _trace(self) -> Module:
         module = self.model.trace()
@@ -256,15 +293,15 @@ class _Run:
         self._dump("trace", IR_SUFFIX, lambda path: path.write_text(print_module(module)))
         return module
 
-    def _passes(self, module: Module) -> Module:
+    def _passes(self, module: Module, context: PassContext) -> Module:
         def after(name: str, changed: Module) -> None:
             self._dump(name, IR_SUFFIX, lambda path: path.write_text(print_module(changed)))
 
         return run_passes(
             module,
-            self.plan.passes,
+            self.passes,
             self.statistics,
-            context=self._context(),
+            context=context,
             verify_each=self.options.verify_each,
             after=after,
         )
@@ -316,10 +353,12 @@ class _Run:
             self._dump_stage(stage, artifact)
         return artifact
 
-    def _manifest(self, module: Module, artifact: dict[str, Any]) -> Manifest:
+    def _manifest(
+        self, module: Module, artifact: dict[str, Any], fidelity: dict[str, Any] | None
+    ) -> Manifest:
         backend = self.plan.backend
         said = self.statistics.facts
-        passes = [PassInfo(p.name, p.options, said.get(p.name)) for p in self.plan.passes]
+        passes = [PassInfo(p.name, p.options, said.get(p.name)) for p in self.passes]
         if self.options.start is not None:
             stage, path = self.options.start
             passes.insert(0, PassInfo("start-from", {"stage": stage, "sha256": sha256_file(path)}))
@@ -335,6 +374,7 @@ class _Run:
             cost=facts.cost_info(module),
             artifact=artifact,
             cache=facts.cache_info(module),
+            fidelity=fidelity,
         )
 
     def _timed(self, name: str, work: Any, total: int = 0) -> Any:

@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 Examples:
   liquidc compile samples/tiny-liquid -o engine --target onnxruntime
   liquidc compile model -o engine --dry-run
+  liquidc compile model -o engine --profile profile.json --specialize budget --max-kl 0.01
+  liquidc compile model -o engine --profile profile.json --add-pass "prune-experts{ratio=0.25}"
   liquidc compile model -o engine --dump-dir stages --verify-each --stats
   liquidc compile model -o engine --start-from passes=edited.ir --force"""
 )
@@ -27,6 +29,16 @@ Examples:
 @click.option("--target", default="onnxruntime", show_default=True, help="See `liquidc targets`.")
 @click.option("--passes", help="Run these passes instead, in order: `a,b{key=value}`.")
 @click.option("--no-pass", multiple=True, metavar="NAME", help="Leave a pass out; repeatable.")
+@click.option("--add-pass", multiple=True, metavar="PASS", help="Run this pass too; repeatable.")
+@click.option(
+    "--specialize",
+    type=click.Choice(["exact", "budget"]),
+    help="Use the profile: without changing results, or fixing gates within --max-kl.",
+)
+@click.option("--max-kl", type=float, help="Nats per token that a lossy compile may cost.")
+@click.option(
+    "--data", type=click.Path(path_type=Path), help="Held-out text; default: MODEL/heldout.txt."
+)
 @click.option("--profile", type=click.Path(path_type=Path), help="Of this model, for the passes.")
 @click.option("--verify-each", is_flag=True, help="Check the IR after every pass.")
 @click.option("--dump-dir", type=click.Path(path_type=Path), help="Write each stage's artefact.")
@@ -41,6 +53,10 @@ def command(
     target: str,
     passes: str | None,
     no_pass: tuple[str, ...],
+    add_pass: tuple[str, ...],
+    specialize: str | None,
+    max_kl: float | None,
+    data: Path | None,
     profile: Path | None,
     verify_each: bool,
     dump_dir: Path | None,
@@ -64,7 +80,11 @@ def command(
         target=target,
         passes=None if passes is None else split_passes(passes),
         without=no_pass,
+        add=add_pass,
         profile=profile,
+        specialize=specialize or "",
+        max_kl=max_kl,
+        data=data,
         verify_each=verify_each,
         dump=dump_dir,
         start=None if start_from is None else _start(start_from),

@@ -1,0 +1,287 @@
+"""Which gates a budget lets a compile fix, and what a lossy compile changed, measured on text.
+
+Both run the IR in the interpreter, so they need no target; they hold the weights in memory. The
+text must be held out from the profile. Gates are chosen on its first half and measured on the
+second.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from liquidc.errors import CheckFailed, InputError
+from liquidc.fidelity import LogitMetrics
+from liquidc.inputs import ModelInput
+from liquidc.ir import Module
+from liquidc.ir.interpreter import Interpreter
+from liquidc.ir.rewriter import Statistics
+from liquidc.ir.weights import WeightSource
+from liquidc.observers import first_call
+from liquidc.passes.base import PassContext
+from liquidc.passplan import PassPlan, plan_passes, run_passes
+from liquidc.profile import Profile
+from liquidc.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from liquidc.pipeline import CompileOptions
+
+DEFAULT_MAX_KL = 0.01
+"""Nats per token: on average the compiled model gives a token 0.99 of its probability."""
+OFTEN = 0.95
+"""A gate is fixed to run only if it ran for this share of the tokens."""
+WINDOW = 256
+"""Tokens that are run at a time, from an empty cache."""
+MOST = 64
+"""Windows that are run; they are spread evenly over the text."""
+Report = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True, slots=True)
+class HeldOutText:
+    """Windows of text, and the bytes that the tokens after the first of each stand for."""
+
+    sha256: str
+    windows: tuple[tuple[int, ...], ...]
+    bytes: tuple[int, ...]
+
+    def half(self, number: int) -> HeldOutText:
+        """Every other window, from `number` on."""
+        return HeldOutText(self.sha256, self.windows[number::2], self.bytes[number::2])
+
+
+def read_text(
+    path: Path, tokenizer: Tokenizer | None, context: int | None, profile: Profile | None
+) -> HeldOutText:
+    """Held-out text in windows.
+
+    Raises:
+        InputError: it can't be read, is too short, or the profile was made with it.
+    """
+    if tokenizer is None:
+        raise InputError(f"{path}: the model has no tokenizer to read it with")
+    try:
+        data = path.read_bytes()
+        ids, starts = tokenizer.spans(data.decode())
+    except FileNotFoundError:
+        raise InputError(f"{path}: no held-out text; give one with --data FILE") from None
+    except UnicodeDecodeError:
+        raise InputError(f"{path}: not UTF-8 text") from None
+    sha256 = hashlib.sha256(data).hexdigest()
+    if profile is not None and sha256 in profile.data:
+        raise InputError(f"{path}: the profile was made with it; give text that is held out")
+    size = min(WINDOW, context or WINDOW)
+    places = [range(at, at + size) for at in range(0, len(ids) - size + 1, size)]
+    if len(places) < 2:
+        raise InputError(f"{path}: {len(ids)} tokens; at least {2 * size} are needed")
+    chosen = (
+        [places[i * len(places) // MOST] for i in range(MOST)] if len(places) > MOST else places
+    )
+    ends = [*starts, len(data)]
+    return HeldOutText(
+        sha256,
+        tuple(tuple(ids[i] for i in place) for place in chosen),
+        tuple(ends[place.stop] - starts[place.start + 1] for place in chosen),
+    )
+
+
+class Scorer:
+    """Logits of whole windows."""
+
+    def __init__(self, module: Module, source: WeightSource) -> None:
+        self._interpreter = Interpreter(module, source)
+        self._args = module.functions["prefill"].args
+
+    def logits(self, ids: Sequence[int], force: Sequence[int] = ()) -> NDArray[np.float32]:
+        """f32[T, V]; `force` as `gate_force`."""
+        inputs = first_call(self._args, ids)
+        inputs["logit_index"] = torch.arange(len(ids))[None]
+        if force:
+            inputs["gate_force"] = torch.tensor(list(force), dtype=torch.int8)
+        return self._interpreter.run("prefill", inputs)["logits"][0].numpy()
+
+
+def choose_gates(
+    module: Module,
+    source: WeightSource,
+    text: HeldOutText,
+    profile: Profile,
+    max_kl: float,
+    report: Report,
+) -> tuple[str, list[dict[str, Any]]]:
+    """The gates to fix, as `fix-gates` takes them, and what each trial showed.
+
+    Gates that run for less than half of the tokens are tried to skip, those that run for nearly
+    all to run (to run a layer for more tokens costs time), the most decided first. A gate stays
+    fixed if the mean KL(original || fixed) of all so far, and two standard errors over the
+    windows, are within the budget.
+
+    Args:
+        module: the model, unspecialised.
+        source: its weights.
+        text: to measure on.
+        profile: of this model.
+        max_kl: the budget, in nats per token.
+        report: told about the progress.
+    """
+    scorer = Scorer(module, source)
+    original = [scorer.logits(window) for window in text.windows]
+    rates = [profile.rate(gate) for gate in range(len(profile.gates))]
+    decided = [gate for gate, rate in enumerate(rates) if rate < 0.5 or rate >= OFTEN]
+    order = sorted(decided, key=lambda gate: (min(rates[gate], 1 - rates[gate]), gate))
+    fixed, trials = [0] * len(rates), list[dict[str, Any]]()
+    for number, gate in enumerate(order):
+        report("gates", number, len(order))
+        tried = list(fixed)
+        tried[gate] = -1 if rates[gate] < 0.5 else 1
+        costs: list[float] = []
+        for window, theirs in zip(text.windows, original, strict=True):
+            metrics = LogitMetrics()
+            metrics.add(scorer.logits(window, tried), theirs)
+            costs.append(metrics.report()["kl_nats"])
+        kl, error = float(np.mean(costs)), float(np.std(costs) / len(costs) ** 0.5)
+        kept = kl + 2 * error <= max_kl
+        fixed = tried if kept else fixed
+        trials.append(
+            {
+                "gate": gate,
+                "to": "run" if tried[gate] > 0 else "skip",
+                "run_rate": rates[gate],
+                "kl_nats": kl,
+                "kl_error": error,
+                "kept": kept,
+            }
+        )
+    report("gates", len(order), len(order))
+    return "".join({-1: "0", 0: ".", 1: "1"}[value] for value in fixed), trials
+
+
+def measure(
+    before: Module, after: Module, source: WeightSource, text: HeldOutText, report: Report
+) -> dict[str, Any]:
+    """What a lossy compile changed: KL(before || after), top-1 agreement, bits per byte.
+
+    Args:
+        before: the model after exact passes only.
+        after: the model that is compiled.
+        source: the weights of both.
+        text: to measure on.
+        report: told about the progress.
+    """
+    old, new, metrics = Scorer(before, source), Scorer(after, source), LogitMetrics()
+    for number, (window, size) in enumerate(zip(text.windows, text.bytes, strict=True)):
+        report("windows", number, len(text.windows))
+        theirs, ours = old.logits(window), new.logits(window)
+        metrics.add(ours, theirs)
+        targets = np.array(window[1:], np.int64)
+        metrics.add_text(ours[:-1], theirs[:-1], targets, size)
+    report("windows", len(text.windows), len(text.windows))
+    found = metrics.report()
+    return {
+        "data": text.sha256,
+        "tokens": sum(map(len, text.windows)),
+        "kl_nats": found["kl_nats"],
+        "top1_agreement": found["top1_agreement"],
+        "bits_per_byte": found["bits_per_byte"],
+        "bits_per_byte_original": found["bits_per_byte_reference"],
+    }
+
+
+class Lossy:
+    """The part of a compile that changes results: what it chooses, and its price.
+
+    Args:
+        options: of the compile.
+        model: what is compiled.
+        passes: the plan.
+        context: what the passes may use.
+
+    Attributes:
+        told: what choosing found, for the manifest.
+    """
+
+    def __init__(
+        self,
+        options: CompileOptions,
+        model: ModelInput,
+        passes: Sequence[PassPlan],
+        context: PassContext,
+    ) -> None:
+        self._options, self._model, self._context = options, model, context
+        self._passes = tuple(passes)
+        self.told: dict[str, Any] = {}
+        self._budget = options.max_kl
+        if self._budget is None and options.specialize == "budget":
+            self._budget = DEFAULT_MAX_KL
+        self._read: HeldOutText | None = None
+
+    @property
+    def needed(self) -> bool:
+        """Whether there is anything to measure."""
+        return any(plan.instance.contract == "lossy" for plan in self._passes)
+
+    def choose(self, traced: Module) -> tuple[PassPlan, ...]:
+        """The plan with the gates to fix in it.
+
+        Raises:
+            InputError: there is no text to choose on.
+        """
+        profile = self._context.need_profile("fix-gates")
+        before = self._exact(traced)
+        text = self._text(traced).half(0)
+        digits, trials = choose_gates(
+            before, self._model.weights, text, profile, self._budget or 0.0, _quiet
+        )
+        self.told = {"trials": trials, "max_kl": self._budget, "chosen_on": text.sha256}
+        chosen = plan_passes([f"fix-gates{{gates={digits}}}"], ())[0]
+        self._passes = tuple(chosen if p.name == "fix-gates" else p for p in self._passes)
+        return self._passes
+
+    def measure(self, traced: Module, after: Module) -> dict[str, Any]:
+        """What the compile changed.
+
+        Raises:
+            CheckFailed: more than the budget.
+            InputError: there is no text to measure on.
+        """
+        text = self._text(traced).half(1)
+        found = measure(self._exact(traced), after, self._model.weights, text, _quiet)
+        budget, cost = self._budget, found["kl_nats"]
+        if budget is not None and not cost <= budget:
+            raise CheckFailed(
+                f"the compiled model is {cost:.3g} nats per token from the original on held-out "
+                f"text, more than the {budget:g} that --max-kl allows; nothing was written"
+            )
+        return {**found, "max_kl": budget}
+
+    def _exact(self, traced: Module) -> Module:
+        """The model after all passes that change nothing."""
+        plan = [p for p in self._passes if p.instance.contract != "lossy"]
+        return run_passes(traced, plan, Statistics(), context=self._context)
+
+    def _text(self, traced: Module) -> HeldOutText:
+        if self._read is None:
+            origin = self._model.origin
+            path = self._options.data or (None if origin is None else origin / "heldout.txt")
+            if path is None or origin is None:
+                raise InputError("a lossy compile is measured on text: give it with --data FILE")
+            tokenizer = origin / "tokenizer.json"
+            context = traced.attributes.get("max_positions")
+            self._read = read_text(
+                path,
+                Tokenizer(tokenizer) if tokenizer.exists() else None,
+                context if isinstance(context, int) else None,
+                self._context.profile,
+            )
+        return self._read
+
+
+def _quiet(what: str, done: int, total: int) -> None:
+    del what, done, total
