@@ -7,17 +7,15 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 from liquidc.errors import InputError
-from liquidc.ir import Block, Module, Op, Value, ops
-from liquidc.ir.rewriter import Refusal, Rewriter, Statistics
+from liquidc.ir import Module, Op, Value, ops
+from liquidc.ir.rewriter import Rewriter, Statistics
 from liquidc.ir.weight_maths import Take
 from liquidc.passes.base import Pass, PassContext
 from liquidc.passes.fold_constants import declare
 from liquidc.passes.routed_experts import (
     Routed,
+    change_layers,
     check_options,
-    readers,
-    routed,
-    routed_layers,
     share_left,
     starved,
 )
@@ -58,23 +56,15 @@ class PruneExperts(Pass):
 
     def apply(self, module: Module, statistics: Statistics, context: PassContext) -> None:
         """Prune every layer whose experts are found; the others keep theirs, with the reason."""
-        layers = routed_layers(module, context.need_profile(self.name), self.name)
-        users, said = readers(module), list[dict[str, Any]]()
-        for profile, routes in layers:
-            rw = Rewriter(Block(), [])
-            scores = reap(profile)
-            try:
-                found = [routed(route, users, profile, rw) for route in routes]
-                kept = _best(profile, scores, self._kept(profile, routes[0], rw), routes[0].n_group)
-            except Refusal as refusal:
-                statistics.refuse(self.name, routes[0], refusal)
-                said.append({"layer": profile.layer, "reason": refusal.reason})
-                continue
+
+        def prune(profile: ExpertProfile, found: list[Routed], rw: Rewriter) -> dict[str, Any]:
+            scores, route = reap(profile), found[0].route
+            kept = _best(profile, scores, self._kept(profile, route, rw), route.n_group)
             for one in found:
                 _prune(module, one, kept)
-            statistics.fired[self.name] += 1
-            said.append(self._facts(profile, scores, kept))
-        statistics.facts[self.name] = {"layers": said}
+            return self._facts(profile, scores, kept)
+
+        change_layers(self, module, statistics, context.need_profile(self.name), prune)
 
     def _kept(self, profile: ExpertProfile, route: ops.Route, rw: Rewriter) -> int:
         """How many experts every group keeps."""

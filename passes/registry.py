@@ -11,6 +11,7 @@ from liquidc.passes.fold_constants import FoldConstants
 from liquidc.passes.fuse_linear import FuseLinear
 from liquidc.passes.group_experts import GroupExperts
 from liquidc.passes.hoist_common import HoistCommon
+from liquidc.passes.merge_experts import MergeExperts
 from liquidc.passes.prune_experts import PruneExperts
 from liquidc.passes.specialize_decode import SpecializeDecode
 from liquidc.passes.stack_experts import StackExperts
@@ -26,6 +27,7 @@ PASSES: dict[str, type[Pass]] = {
         FuseLinear,
         GroupExperts,
         HoistCommon,
+        MergeExperts,
         PruneExperts,
         SpecializeDecode,
         StackExperts,

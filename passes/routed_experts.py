@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any, cast
 
 from liquidc.errors import InputError
-from liquidc.ir import Module, Op, Value, ops
-from liquidc.ir.rewriter import Rewriter
+from liquidc.ir import Block, Function, Module, Op, Value, ops
+from liquidc.ir.rewriter import Refusal, Rewriter, Statistics
+from liquidc.passes.base import Pass
 from liquidc.profile import ExpertProfile, Profile
 
 Holder = ops.GroupedExperts | ops.MapExperts
@@ -58,6 +60,16 @@ class Routed:
     holder: Holder
 
     @property
+    def block(self) -> Block:
+        """Where the experts stand."""
+        return cast(Block, self.holder.parent)
+
+    @property
+    def router(self) -> str:
+        """The name of the router's weight."""
+        return weight_name(self.linear.weight)
+
+    @property
     def params(self) -> list[Value]:
         """The experts' weights, experts in front."""
         holder = self.holder
@@ -69,50 +81,90 @@ class Routed:
         return (self.linear, *self.logits, self.route, *self.chosen, self.holder)
 
 
-def routed_layers(
-    module: Module, profile: Profile, name: str
-) -> list[tuple[ExpertProfile, list[ops.Route]]]:
-    """The routers of each profiled layer, from all functions.
+def routers(function: Function) -> list[list[ops.Route]]:
+    """The routers of a function by layer, in order; those that read one weight share a layer."""
+    layers: dict[object, list[ops.Route]] = {}
+    for op in function.body.walk():
+        if isinstance(op, ops.Route):
+            layers.setdefault(_weight_of(op), []).append(op)
+    return list(layers.values())
 
-    Routers stand in the order of the layers; those that read one weight belong to one layer.
+
+Change = Callable[[ExpertProfile, list["Routed"], Rewriter], dict[str, Any]]
+"""Changes the experts of one layer in all functions; gives what its user should know.
+
+Refuses, through the rewriter, before anything is changed.
+"""
+
+
+def change_layers(
+    step: Pass, module: Module, statistics: Statistics, profile: Profile, change: Change
+) -> None:
+    """Apply `change` to every layer whose experts are found; the others stay, with the reason.
 
     Raises:
         InputError: the profile is of other layers.
     """
     layers: list[list[ops.Route]] = [[] for _ in profile.experts]
     for function in module.functions.values():
-        numbers: dict[object, int] = {}
-        for op in function.body.walk():
-            if isinstance(op, ops.Route):
-                number = numbers.setdefault(_weight_of(op), len(numbers))
-                if number < len(layers):
-                    layers[number].append(op)
-        if len(numbers) != len(layers):
+        found = routers(function)
+        if len(found) != len(layers):
             raise InputError(
-                f"the pass {name}: the profile has {len(layers)} layers with experts, "
-                f"@{function.name} has {len(numbers)}"
+                f"the pass {step.name}: the profile has {len(layers)} layers with experts, "
+                f"@{function.name} has {len(found)}"
             )
-    return list(zip(profile.experts, layers, strict=True))
+        for layer, routes in zip(layers, found, strict=True):
+            layer += routes
+    users, changed, said = readers(module), renumbered(module), list[dict[str, Any]]()
+    for experts, routes in zip(profile.experts, layers, strict=True):
+        rw = Rewriter(Block(), [])
+        try:
+            for route in routes:
+                _check_profiled(route, experts, rw)
+                rw.check(route not in changed, "its experts have other numbers already")
+            said.append(change(experts, [routed(route, users, rw) for route in routes], rw))
+            statistics.fired[step.name] += 1
+        except Refusal as refusal:
+            statistics.refuse(step.name, routes[0], refusal)
+            said.append({"layer": experts.layer, "reason": refusal.reason})
+    statistics.facts[step.name] = {"layers": said}
+
+
+def _check_profiled(route: ops.Route, experts: ExpertProfile, rw: Rewriter) -> None:
+    count, k = route.logits.shape[-1], route.k
+    same = (count, k) == (len(experts.load), experts.per_token)
+    rw.check(same, f"the profile is of {len(experts.load)} experts, not {count}")
 
 
 def readers(module: Module) -> Readers:
-    """By router, the ops that take its choice for numbers of weights."""
+    """By router, the ops that take its choice for numbers of weights, dead ones left out."""
     found: defaultdict[ops.Route, list[Op]] = defaultdict(list)
     for op in module.walk():
         if isinstance(op, _NUMBERED) and (route := _origin(op.index)[0]) is not None:
-            found[route].append(op)
+            if _is_used(op):
+                found[route].append(op)
     return found
 
 
-def routed(route: ops.Route, users: Readers, profile: ExpertProfile, rw: Rewriter) -> Routed:
+def _is_used(op: Op) -> bool:
+    """Whether a function's result or a conditional depends on an op."""
+    pending, seen = [op], {id(op)}
+    while pending:
+        op = pending.pop()
+        if op.terminator or isinstance(op, ops.If):
+            return True
+        users = [user for value in op.results for user in value.uses if id(user) not in seen]
+        seen |= {id(user) for user in users}
+        pending += users
+    return False
+
+
+def routed(route: ops.Route, users: Readers, rw: Rewriter) -> Routed:
     """The experts behind a router, and its linear.
 
     Raises:
         Refusal: they are not understood.
     """
-    count, k = route.logits.shape[-1], route.k
-    same = (count, k) == (len(profile.load), profile.per_token)
-    rw.check(same, f"the profile is of {len(profile.load)} experts, not {count}")
     held = users.get(route, [])
     holder = held[0] if len(held) == 1 else None
     if not isinstance(holder, Holder):
@@ -153,18 +205,28 @@ def _weight_operand(op: ops.Add) -> Value | None:
     return next((v for v in op.operands if isinstance(v.op, ops.Weight) and v.shape == shape), None)
 
 
+def weight_name(value: Value) -> str:
+    """The name of the weight that a value is; empty if it is none."""
+    return value.op.weight if isinstance(value.op, ops.Weight) else ""
+
+
 def _weight_of(route: ops.Route) -> object:
     """What tells the routers of a function apart."""
     linear = logits_from(route)[0]
-    weight = linear.weight.op if isinstance(linear, ops.Linear) else None
-    return weight.weight if isinstance(weight, ops.Weight) else route
+    return (weight_name(linear.weight) if isinstance(linear, ops.Linear) else "") or route
+
+
+def renumbered(module: Module) -> list[ops.Route]:
+    """The routers whose numbers are changed somewhere behind them."""
+    found = (_origin(op.index)[0] for op in module.walk() if isinstance(op, ops.Renumber))
+    return [route for route in found if route is not None]
 
 
 def _origin(value: Value) -> tuple[ops.Route | None, tuple[Op, ...]]:
     """The router that an index or a weight comes from, and what stands between, in order."""
     between: list[Op] = []
     op = value.op
-    while isinstance(op, (*_MOVES, ops.Where)):
+    while isinstance(op, (*_MOVES, ops.Where, ops.Renumber)):
         between.append(op)
-        op = (op.a if isinstance(op, ops.Where) else op.x).op
+        op = op.operands[1 if isinstance(op, ops.Where) else 0].op
     return (op if isinstance(op, ops.Route) else None), tuple(reversed(between))

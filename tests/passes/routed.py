@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
+
 from liquidc.passes.base import PassContext
 from liquidc.profile import UNIT, ExpertProfile, Paths, Profile, ProfiledModel
 
@@ -24,6 +26,24 @@ MAPPED = """%y = map_experts %x, %i, %s, [%d] : f32[B, T, 8] (%t: f32[B, T, 8], 
     yield %o
   }"""
 LOGITS = "%l = linear %x, %r : f32[B, T, 4]"
+
+
+class Tensors:
+    """A weight source of random tensors by name."""
+
+    def __init__(self, seed: int = 0) -> None:
+        numbers = torch.Generator().manual_seed(seed)
+        sizes = {name: [int(n) for n in s.strip("[]").split(",")] for name, s in SHAPES.items()}
+        self.tensors = {n: torch.randn(size, generator=numbers) for n, size in sizes.items()}
+
+    def read_rows(self, name: str, start: int, stop: int) -> torch.Tensor:
+        return self.tensors[name][start:stop]
+
+
+INPUTS = {
+    "x": torch.randn(2, 5, 8, generator=torch.Generator().manual_seed(1)),
+    "m": torch.tensor([[True] * 5, [True, True, False, False, False]]),
+}
 
 
 def layer(*, logits: str = LOGITS, route: str = "k=2", holder: str = GROUPED) -> str:

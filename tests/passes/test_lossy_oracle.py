@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import defaultdict
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -16,14 +17,15 @@ from liquidc.ir.interpreter import Interpreter
 from liquidc.ir.rewriter import Statistics
 from liquidc.observers import ModelObserver
 from liquidc.passes.base import PassContext
+from liquidc.passes.merge_experts import MergeExperts
 from liquidc.passes.prune_experts import PruneExperts
+from liquidc.passes.registry import DEFAULT_PIPELINE, PASSES
 from liquidc.profiling import profile_corpus
-from tests.frontend.test_trace import CASES, Weights, stepper
+from tests.frontend.test_trace import CASES, Weights, stepper, traced
 from tests.oracle.drive import drive
 from tests.oracle.grid import Case
 from tests.oracle.liquid_numpy import Oracle, route, silu
 from tests.oracle.reference import assert_matches, run, tolerance
-from tests.passes.test_pipeline_oracle import optimised
 
 FEW = (
     "drop-layer-both-deepseek_v2",
@@ -34,7 +36,8 @@ FEW = (
 """Groups, weights on the input, groups with a selection bias, a router's bias."""
 
 
-STEPS = {"prune-experts": PruneExperts(ratio=0.5)}
+GROUPED = DEFAULT_PIPELINE.index("group-experts") + 1
+STEPS = {"prune-experts": PruneExperts(ratio=0.5), "merge-experts": MergeExperts(ratio=0.5)}
 
 
 class Watched(Oracle):
@@ -60,6 +63,15 @@ class Watched(Oracle):
         return super().feed_forward(layer, z)
 
 
+@cache
+def whole(name: str) -> Module:
+    """A case's module after the default passes up to the one that groups its experts."""
+    module = traced(CASES[name])
+    for step in DEFAULT_PIPELINE[:GROUPED]:
+        PASSES[step]().run(module, Statistics())
+    return module
+
+
 class Traced:
     """A case whose module was traced before."""
 
@@ -69,11 +81,11 @@ class Traced:
         self.case, self.weights = case, Weights(case)
 
     def trace(self) -> Module:
-        return optimised(self.case.name)[0].clone()
+        return whole(self.case.name).clone()
 
 
 def lossy(step: str, case: Case, directory: Path) -> tuple[Module, list[dict[str, Any]], Watched]:
-    """A case's module after the default passes and a lossy one, by a profile of its batches."""
+    """A case's module after the default passes with a lossy one, by a profile of its batches."""
     watched, ids = Watched(case), []
     for prompt in (p for batch in case.batches()[:2] for p in batch.prompts):
         ids.append(json.dumps({"ids": prompt}))
@@ -86,6 +98,8 @@ def lossy(step: str, case: Case, directory: Path) -> tuple[Module, list[dict[str
     module, statistics = Traced(case).trace(), Statistics()
     STEPS[step].run(module, statistics, PassContext(profile, Weights(case)))
     verify(module)
+    for name in DEFAULT_PIPELINE[GROUPED:]:
+        PASSES[name]().run(module, Statistics())
     return module, statistics.facts[step]["layers"], watched
 
 
@@ -112,6 +126,31 @@ def test_pruned_by_the_scores_of_reap_it_is_the_model_without_those_experts(
                 weights[key] = value[entry["kept"]]
     smaller = {**case.config, "moe": {**case.config["moe"], "num_experts": left}}
     assert_equals(case, Oracle(smaller, weights), module)
+
+
+@pytest.mark.parametrize("name", FEW)
+def test_merged_it_is_the_model_whose_experts_are_those_of_their_groups(
+    name: str, tmp_path: Path
+) -> None:
+    case = CASES[name]
+    module, said, watched = lossy("merge-experts", case, tmp_path)
+    weights, count = case.weights(), case.moe["num_experts"]
+    source = Interpreter(module, Weights(case))
+    for entry in said:
+        mlp = f"model.layers.{entry['layer']}.mlp"
+        load = [len(watched.seen[entry["layer"], e]) for e in range(count)]
+        rows = weights[f"{mlp}.gate.weight"].astype(np.float64)
+        dominant = sorted(sorted(range(count), key=lambda e: (-load[e], e))[: -(-count // 2)])
+        assert [group[0] for group in entry["groups"]] == dominant
+        assert sorted(e for group in entry["groups"] for e in group) == list(range(count))
+        unit = rows / np.linalg.norm(rows, axis=1, keepdims=True)
+        for number, (first, *others) in enumerate(entry["groups"]):
+            for e in others:
+                assert unit[e] @ unit[first] == max(unit[e] @ unit[d] for d in dominant)
+            for part in ("gate_up_proj", "down_proj"):
+                merged = source.weight(f"{mlp}.experts.{part}.merged")
+                weights[f"{mlp}.experts.{part}"][[first, *others]] = merged[number].numpy()
+    assert_equals(case, Oracle(case.config, weights), module)
 
 
 def assert_equals(case: Case, oracle: Oracle, module: Module) -> None:

@@ -13,7 +13,7 @@ from liquidc.passes.base import PassContext
 from liquidc.passes.prune_experts import PruneExperts
 from liquidc.passplan import plan_passes
 from tests.passes.filecheck import assert_idempotent, assert_unchanged, run_pass
-from tests.passes.routed import GROUPED, LOGITS, MAPPED, SHAPES, layer, profiled
+from tests.passes.routed import GROUPED, INPUTS, LOGITS, MAPPED, Tensors, layer, profiled
 
 LOAD = (100, 40, 0, 10)
 SCORES = (0.5, 0.25, 0.0, 0.125)
@@ -88,7 +88,13 @@ def test_an_expert_without_tokens_goes_before_one_that_adds_nothing() -> None:
 
 
 COMPUTED = "%n = neg %gu : f32[4, 12, 8]\n  " + GROUPED.replace("%gu", "%n")
-MASKED = "%u = expert_mask %i, expert=0 : bool[B, T]\n  " + GROUPED
+UNUSED = "%u = expert_mask %i, expert=0 : bool[B, T]\n  " + GROUPED
+MASKED = (
+    UNUSED.replace("%y", "%z")
+    + """
+  %v = reshape %u, shape=["B", "T", 1] : bool[B, T, 1]
+  %y = where %v, %z, %x : f32[B, T, 8]"""
+)
 
 
 @pytest.mark.parametrize(
@@ -138,28 +144,14 @@ def test_what_can_not_be_meant_is_an_error(context: PassContext, keep: int, mess
         PruneExperts(keep=keep).run(parse_module(layer()), Statistics(), context)
 
 
+def test_what_other_passes_left_unused_does_not_matter() -> None:
+    assert run_pass(STEP, layer(holder=UNUSED), CONTEXT).statistics.fired["prune-experts"] == 1
+
+
 @pytest.mark.parametrize("options", ["keep=-1", "ratio=0", "ratio=1"])
 def test_options_out_of_range(options: str) -> None:
     with pytest.raises(InputError, match="prune-experts: keep is a number of experts"):
         plan_passes([f"prune-experts{{{options}}}"], ())
-
-
-class Tensors:
-    """A weight source of random tensors by name."""
-
-    def __init__(self, seed: int = 0) -> None:
-        numbers = torch.Generator().manual_seed(seed)
-        sizes = {name: [int(n) for n in s.strip("[]").split(",")] for name, s in SHAPES.items()}
-        self.tensors = {n: torch.randn(size, generator=numbers) for n, size in sizes.items()}
-
-    def read_rows(self, name: str, start: int, stop: int) -> torch.Tensor:
-        return self.tensors[name][start:stop]
-
-
-INPUTS = {
-    "x": torch.randn(2, 5, 8, generator=torch.Generator().manual_seed(1)),
-    "m": torch.tensor([[True] * 5, [True, True, False, False, False]]),
-}
 
 
 @pytest.mark.parametrize("holder", [GROUPED, MAPPED])
