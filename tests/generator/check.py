@@ -15,7 +15,7 @@ import torch
 from liquidc.ir import Module, parse_module, print_module, verify
 from liquidc.ir.interpreter import Interpreter
 from liquidc.ir.rewriter import Statistics
-from liquidc.passes.base import Pass
+from liquidc.passes.base import Pass, PassContext
 from liquidc.passes.hoist_common import HoistCommon
 from liquidc.passes.registry import PASSES
 from liquidc.passes.specialize_decode import SpecializeDecode
@@ -48,10 +48,10 @@ def run(module: Module, example: Example, function: str, inputs: Inputs, *, exac
     return Run(outputs, Counter(label for label in interpreter.ran if label))
 
 
-def transformed(step: Pass, module: Module) -> Module:
-    """A copy of `module` after the pass; valid, and the same after printing and parsing."""
-    module = module.clone()
-    step.run(module, Statistics())
+def transformed(step: Pass, example: Example, statistics: Statistics | None = None) -> Module:
+    """The module after the pass; valid, and the same after printing and parsing."""
+    module = example.module.clone()
+    step.run(module, statistics or Statistics(), PassContext(example.profile, example))
     verify(module)
     text = print_module(module)
     assert print_module(parse_module(text)) == text
@@ -60,7 +60,7 @@ def transformed(step: Pass, module: Module) -> Module:
 
 def check(step: Pass, example: Example) -> Example:
     """Assert that the pass keeps its contract on all calls; gives the example after it."""
-    after = transformed(step, example.module)
+    after = transformed(step, example)
     exact = step.contract == "reassociates"
     one_row = isinstance(step, SpecializeDecode) and step.batch == 1
     for function, regime, inputs in example.calls:

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import random
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
 from liquidc.ir import DType, Module, TensorType, Value, ops, print_module
+from liquidc.profile import Profile
 from tests.generator.build import WIDTH, Builder
 from tests.generator.expressions import expression
 from tests.generator.layers import HEAD, Step, cache_type, layer
+from tests.generator.profiles import profile_of
 
 VOCAB, SLOTS, MAX_GATES = 11, 12, 6
 REGIMES = ("skip", "run", "mixed")
@@ -20,11 +22,12 @@ Inputs = dict[str, torch.Tensor]
 
 @dataclass(frozen=True)
 class Example:
-    """A module with its weights and calls: (function, regime, inputs)."""
+    """A module with its weights, calls (function, regime, inputs) and a profile."""
 
     module: Module
     tensors: dict[str, torch.Tensor]
     calls: tuple[tuple[str, str, Inputs], ...]
+    profile: Profile | None = None
 
     def _repr_pretty_(self, printer: Any, cycle: bool) -> None:
         """What Hypothesis shows of an example that fails."""
@@ -58,7 +61,8 @@ def example(rng: random.Random) -> Example:
     b.module.attributes |= {"layers": layers, "gates": len(step.gates), "eps": 0.01}
     calls = [("prefill", regime, _inputs(b, layers, regime, False)) for regime in REGIMES]
     calls += [("decode", regime, _inputs(b, layers, regime, True)) for regime in REGIMES]
-    return Example(b.module, b.tensors, tuple(calls))
+    made = Example(b.module, b.tensors, tuple(calls))
+    return replace(made, profile=profile_of(made, random.Random(rng.getrandbits(16))))
 
 
 def _signature(layers: int) -> list[tuple[str, TensorType]]:

@@ -11,7 +11,7 @@ import torch
 from liquidc.ir import Op, ops
 from liquidc.ir.core import OPS
 from liquidc.ir.rewriter import Statistics
-from tests.generator.check import STEPS, Run, run
+from tests.generator.check import STEPS, Run, run, transformed
 from tests.generator.modules import Example, example
 
 SEEDS = 100
@@ -129,5 +129,5 @@ def test_every_rule_of_every_pass_fires(examples: list[Example]) -> None:
     fired = Statistics()
     for made in examples[:40]:
         for step in STEPS.values():
-            step.run(made.module.clone(), fired)
+            transformed(step, made, fired)
     assert set(+fired.fired) == RULES

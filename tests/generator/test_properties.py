@@ -41,7 +41,7 @@ def test_text_round_trip(made: Example) -> None:
 @given(EXAMPLES)
 def test_pass_keeps_its_contract_and_a_second_run_changes_nothing(name: str, made: Example) -> None:
     once = check(STEPS[name], made)
-    assert print_module(transformed(STEPS[name], once.module)) == print_module(once.module)
+    assert print_module(transformed(STEPS[name], once)) == print_module(once.module)
 
 
 @settings(FEW, max_examples=5)
