@@ -15,25 +15,12 @@ from liquidc.ir.rewriter import Statistics
 from liquidc.passes.base import PassContext
 from liquidc.passes.registry import PASSES
 from liquidc.passes.routed_experts import routers
-from liquidc.profile import ExpertProfile, Paths, Profile, ProfiledModel
 from tests.generator.modules import Example, example
+from tests.generator.profiles import profile_of
 from tests.generator.test_properties import EXAMPLES, FEW, MANY
 
 BEFORE = ("fold-constants", "stack-experts", "group-experts")
 RATIOS = (0.25, 0.5, 0.75)
-
-
-def random_profile(module: Module, rng: random.Random) -> Profile:
-    """Loads and saliencies from nowhere, for the routers that there are."""
-    experts: list[ExpertProfile] = []
-    for number, (first, *_) in enumerate(routers(module.functions["prefill"])):
-        count = int(first.logits.shape[-1])
-        load = tuple(rng.choice((0, 1, 5, 100)) for _ in range(count))
-        saliency = tuple(rng.randrange(1000) if n else 0 for n in load)
-        together = ((0,) * count,) * count
-        experts.append(ExpertProfile(number, first.k, 100, load, together, 0, saliency))
-    model = ProfiledModel("0" * 64, "generated", len(experts))
-    return Profile(model, 100, {}, (), (), Paths(0, {"": 100}), tuple(experts))
 
 
 def changed(name: str, made: Example, rng: random.Random) -> tuple[Module, Module, Counter[str]]:
@@ -42,7 +29,7 @@ def changed(name: str, made: Example, rng: random.Random) -> tuple[Module, Modul
     for step in BEFORE:
         PASSES[step]().run(before, Statistics())
     after = before.clone()
-    context = PassContext(random_profile(before, rng), made)
+    context = PassContext(profile_of(made, rng), made)
     PASSES[name](ratio=rng.choice(RATIOS)).run(after, statistics, context)
     said = statistics.facts[name]["layers"]
     assert len(said) == len(routers(after.functions["prefill"]))
