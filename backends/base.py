@@ -72,10 +72,13 @@ class RunnerOptions:
     Args:
         threads: threads of one operation; None leaves it to the target.
         bench: use the settings that the target recommends for measuring.
+        speculate: whether a target with graphs of fixed depth tries one before the general one;
+            None does it where the engine's profile says that it pays.
     """
 
     threads: int | None = None
     bench: bool = False
+    speculate: bool | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,14 +116,24 @@ class Cache(Protocol):
         ...
 
 
+@dataclass(slots=True)
+class Guard:
+    """How often code for an expected depth path was run, and how often the path was another."""
+
+    tried: int = 0
+    missed: int = 0
+
+
 class Runner(ABC):
     """A loaded engine that computes one step at a time. It checks nothing: `liquidc.runtime` does.
 
     Attributes:
         bench_note: the settings that `RunnerOptions.bench` chose, for reports.
+        guard: counts of speculation; None if the engine has no speculative code.
     """
 
     bench_note: str = ""
+    guard: Guard | None = None
 
     @abstractmethod
     def new_cache(self, batch: int, capacity: int) -> Cache:
@@ -166,12 +179,14 @@ class Backend(ABC):
             for the default of `liquidc.passes.registry`.
         stages: from the module after the passes to the engine's files.
         summary: one line for `liquidc targets`.
+        skips: whether a skipped token costs no row of work; else layers are computed under masks.
     """
 
     name: str
     summary: str
     functions: tuple[str, ...]
     pipeline: tuple[str, ...] | None = None
+    skips: bool = True
     stages: tuple[Stage, ...]
 
     @abstractmethod

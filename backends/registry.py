@@ -9,6 +9,7 @@ from liquidc.errors import InputError
 
 TARGETS = {
     "onnxruntime": "liquidc.backends.onnxruntime.backend",
+    "onnxruntime-fixed": "liquidc.backends.onnxruntime_fixed.backend",
     "null": "liquidc.backends.null.backend",
 }
 """Module of each backend; it has a `BACKEND`. Importing it imports no vendor library."""

@@ -194,6 +194,26 @@ def measure(
     }
 
 
+def measure_paths(
+    module: Module, source: WeightSource, text: HeldOutText, paths: Sequence[str]
+) -> dict[str, dict[str, float]]:
+    """What it would cost to run every token on one depth path, whatever its gates decide."""
+    scorer = Scorer(module, source)
+    original = [scorer.logits(window) for window in text.windows]
+    found: dict[str, dict[str, float]] = {}
+    for path in paths:
+        metrics = LogitMetrics()
+        force = [1 if digit == "1" else -1 for digit in path]
+        for window, size, theirs in zip(text.windows, text.bytes, original, strict=True):
+            ours = scorer.logits(window, force)
+            metrics.add(ours, theirs)
+            metrics.add_text(ours[:-1], theirs[:-1], np.array(window[1:], np.int64), size)
+        told = metrics.report()
+        keys = ("kl_nats", "top1_agreement", "bits_per_byte", "bits_per_byte_reference")
+        found[path] = {key: told[key] for key in keys}
+    return found
+
+
 class Lossy:
     """The part of a compile that changes results: what it chooses, and its price.
 
@@ -225,7 +245,19 @@ class Lossy:
     @property
     def needed(self) -> bool:
         """Whether there is anything to measure."""
-        return any(plan.instance.contract == "lossy" for plan in self._passes)
+        lossy = any(plan.instance.contract == "lossy" for plan in self._passes)
+        return lossy or (self._fixes_depth and self._has_text)
+
+    @property
+    def _fixes_depth(self) -> bool:
+        names = [plan.name for plan in self._passes]
+        return "fix-depth" in names and self._context.profile is not None
+
+    @property
+    def _has_text(self) -> bool:
+        origin = self._model.origin
+        default = origin is not None and (origin / "heldout.txt").exists()
+        return self._options.data is not None or default
 
     def choose(self, traced: Module) -> tuple[PassPlan, ...]:
         """The plan with the gates to fix in it.
@@ -252,6 +284,9 @@ class Lossy:
             InputError: there is no text to measure on.
         """
         text = self._text(traced).half(1)
+        paths = [name.removeprefix("path_") for name in after.functions if name.startswith("path_")]
+        if paths:
+            return {"paths": measure_paths(self._exact(traced), self._model.weights, text, paths)}
         found = measure(self._exact(traced), after, self._model.weights, text, _quiet)
         budget, cost = self._budget, found["kl_nats"]
         if budget is not None and not cost <= budget:
@@ -262,8 +297,8 @@ class Lossy:
         return {**found, "max_kl": budget}
 
     def _exact(self, traced: Module) -> Module:
-        """The model after all passes that change nothing."""
-        plan = [p for p in self._passes if p.instance.contract != "lossy"]
+        """The model after all passes that change nothing, each function one of the model's."""
+        plan = [p for p in self._passes if p.instance.contract != "lossy" and p.name != "fix-depth"]
         return run_passes(traced, plan, Statistics(), context=self._context)
 
     def _text(self, traced: Module) -> HeldOutText:

@@ -22,14 +22,14 @@ class FixGates(Pass):
         %c = any %m
         %y = if %c { %h = linear %x, %w  yield %x + where(%m, %h, 0) } else { yield %x }
 
-    After, if the gate is fixed to run::
+    After::
 
         %_, %p = fixed_gate %valid, run=true, ...
         %h = linear %x, %w
-        %y = %x + %h
+        %y = %x + where(%valid, %h, 0)
 
-    After, if it is fixed to skip, %y is %x: the layer's weights are gone, and so is its cache if
-    nothing reads it any more.
+    That is a gate fixed to run. If it is fixed to skip, %y is %x: the layer's weights are gone,
+    and so is its cache if nothing reads it any more.
 
     Which gates: those that ran for at most `never` of the profile's tokens and those that ran for
     at least `always`; or, with `gates`, a digit for each gate: 0 skips, 1 runs, `.` stays free.
@@ -108,21 +108,12 @@ class FixGates(Pass):
         fixed.p.name, fixed.mask.name = op.p.name, op.mask.name
         for conditional in gate.conditionals:
             arm = conditional.then if run else conditional.otherwise
-            for inner in inline_arm(conditional, arm):
-                if run and isinstance(inner, ops.Where) and _is(inner.mask, op.mask):
-                    inner.y.replace_by(inner.a)
+            inline_arm(conditional, arm)
         op.mask.replace_by(op.valid if run else fixed.mask)
         op.p.replace_by(fixed.p)
         op.detach()
         told["run" if run else "skip"].append(gate.number)
         statistics.fired[self.name] += 1
-
-
-def _is(value: Value, mask: Value) -> bool:
-    """Whether a value is a mask in another shape."""
-    while isinstance(value.op, ops.Reshape):
-        value = value.op.x
-    return value is mask
 
 
 def _only_reported(p: Value) -> bool:

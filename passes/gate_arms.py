@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from typing import cast
 
 from liquidc.ir import Block, Function, Op, Value, ops
+from liquidc.ir.rewriter import Rewriter
+from liquidc.passes.known_mask import KnownMask
 
 
 @dataclass(frozen=True)
@@ -95,3 +97,36 @@ def drop_results(function: Function, names: Sequence[str]) -> None:
                 op.detach()
         if not value.uses:
             function.body.args.remove(value)
+
+
+def mask_of(conditional: ops.If, rw: Rewriter) -> Value:
+    """The mask [B, T] of which a conditional asks whether it holds for any token.
+
+    Raises:
+        Refusal: it asks something else.
+    """
+    condition = rw.need(conditional.cond.op, ops.Any, "the condition is not any(mask)")
+    rw.check(condition.x.type.rank == 2, "the mask is not [B, T]")
+    return condition.x
+
+
+def inline_masked(conditional: ops.If, rw: Rewriter) -> None:
+    """Let the masked arm stand without its conditional, where it gives what the other arm gives.
+
+    With the mask false for all tokens, each value that the arm yields must be the other arm's.
+
+    Raises:
+        Refusal: that can't be shown.
+    """
+    mask = mask_of(conditional, rw)
+    inside = {value for op in conditional.then.walk() for value in op.results}
+    off = KnownMask(mask, inside, known=False)
+    pairs = zip(
+        conditional.then.terminator.operands,
+        conditional.otherwise.terminator.operands,
+        strict=True,
+    )
+    for number, (mine, other) in enumerate(pairs):
+        same = off.same(mine, other)
+        rw.check(same, f"result {number} of a skipped token is not shown to be the other arm's")
+    inline_arm(conditional, conditional.then)

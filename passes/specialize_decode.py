@@ -123,15 +123,16 @@ def _know_masks(block: Block) -> int:
             while isinstance(condition, ops.Reshape):
                 condition = condition.x.op
             if isinstance(condition, ops.Any) and product(condition.x.shape) == 1:
-                _replace_in(op.then, condition.x, known=True)
-                _replace_in(op.otherwise, condition.x, known=False)
+                know_mask(op.then, condition.x, known=True)
+                know_mask(op.otherwise, condition.x, known=False)
                 count += 2
         for inner in op.regions.values():
             count += _know_masks(inner)
     return count
 
 
-def _replace_in(arm: Block, mask: Value, *, known: bool) -> None:
+def know_mask(arm: Block, mask: Value, *, known: bool) -> None:
+    """Put a constant in the place of `mask` in an arm, where all tokens have it so."""
     users: list[Op] = [op for op in arm.walk() if mask in op.operands]
     if not users:
         return

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 from typing import Any, cast
 
-from liquidc.ir import Block, DType, Op, TensorType, Value, ops
+from liquidc.ir import Block, Op, TensorType, Value, ops
 from liquidc.ir.core import AnyOp
 from liquidc.ir.rewriter import Rewriter
-from liquidc.passes.fold_constants import splat
-
-Number = int | float | bool
+from liquidc.passes.known_mask import KnownMask, Number
 
 
 class ArmRows:
@@ -100,11 +98,12 @@ class ArmRows:
         return self.emit(op.clone(mapping)).results[0]
 
 
-class Side:
+class Side(KnownMask):
     """The tokens where the mask is known to be true, or those where it is false."""
 
     def __init__(self, arm: ArmRows, known: bool) -> None:
-        self.arm, self.known = arm, known
+        super().__init__(arm.mask, arm.inside, known)
+        self.arm = arm
         mask = arm.mask if known else arm.emit(ops.Not(arm.mask)).y
         number = 0
         while f"N{number}" in arm.taken:
@@ -114,47 +113,6 @@ class Side:
         self.token_mask = mask
         self.rows = arm.emit(ops.Rows(mask, dim=self.dim)).y
         self.made: dict[Value, Value] = {}
-
-    def truth(self, value: Value) -> bool | None:
-        """What a mask is on these rows, if that is known."""
-        if value is self.arm.mask:
-            return self.known
-        if value.dtype != DType.BOOL:
-            return None
-        op = value.op
-        match op:
-            case ops.Reshape() | ops.Broadcast():
-                return self.truth(op.x)
-            case ops.Not():
-                inner = self.truth(op.x)
-                return None if inner is None else not inner
-            case ops.Constant():
-                return bool(op.value[0]) if splat(value) is not None else None
-            case _:
-                return None
-
-    def simple(self, value: Value) -> Value | Number | None:
-        """The value on these rows: one from outside, a number, or None if it must be computed."""
-        if value not in self.arm.inside:
-            return value if splat(value) is None else splat(value)
-        if (number := splat(value)) is not None:
-            return number
-        op = value.op
-        match op:
-            case ops.Where() if (known := self.truth(op.mask)) is not None:
-                return self.simple(op.a if known else op.b)
-            case ops.Add():
-                a, b = self.simple(op.a), self.simple(op.b)
-                return a if _is_zero(b) else b if _is_zero(a) else None
-            case ops.Route() if self.truth(op.mask) is False:
-                return -1 if value is op.index else 0.0
-            case ops.GroupedExperts() | ops.MapExperts() if self.simple(op.index) == -1:
-                return 0.0
-            case ops.Reshape() | ops.Broadcast() | ops.Cast():
-                inner = self.simple(op.x)
-                return None if isinstance(inner, Value) else inner
-            case _:
-                return None
 
     def row(self, value: Value) -> Value:
         """The value on these rows, [N, ...]; what does not go by token stays as it is."""
@@ -278,7 +236,3 @@ class Side:
                 mapping[value] = mapping[value] if value in mapping else self.row(value)
             mapping.update(self._copy(op, block, mapping, changes))
         return block
-
-
-def _is_zero(value: Value | Number | None) -> bool:
-    return isinstance(value, int | float) and value == 0

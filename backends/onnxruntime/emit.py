@@ -34,14 +34,20 @@ class Lowered:
     weights: Mapping[str, WeightExpr]
 
 
-def lower(module: Module) -> Lowered:
-    """The function @prefill of a module.
+def lower(module: Module, name: str = "prefill", *, branching: bool = True) -> Lowered:
+    """One function of a module.
+
+    Args:
+        module: the IR.
+        name: of the function.
+        branching: whether experts may be conditionals; without, an expert that no token chose is
+            computed on no rows.
 
     Raises:
         UnsupportedError: an op has no lowering; names it and the line of the model.
     """
-    function = module.functions["prefill"]
-    shared = Shared(module, emit_block)
+    function = module.functions[name]
+    shared = Shared(module, emit_block, branching)
     graph = Graph(shared)
     inputs = [_info(arg.name, arg.type) for arg in function.args]
     for arg in function.args:

@@ -21,7 +21,10 @@ Body = Callable[[Graph, str, list[str]], str]
 def _by_expert(
     g: Graph, op: ops.GroupedExperts | ops.MapExperts, params: list[Value], body: Body
 ) -> list[str]:
-    """Conditionals over the slots that hold each expert; sums in the order of the slots."""
+    """Conditionals over the slots that hold each expert; sums in the order of the slots.
+
+    Without branching, the same on no rows for an expert that no slot holds.
+    """
     experts, width = sizes([*params[0].shape[:1], op.y.shape[-1]])
     slots = sizes(op.index.shape[-1:])[0]
     x = g.flat(g.name(op.x), op.x.shape)
@@ -46,7 +49,13 @@ def _by_expert(
         if op.apply == "input":
             tokens = run.op("Mul", [tokens, run.op("Gather", [weight, slot])])
         y = body(run, tokens, [_param(run, param, expert) for param in params])
-        run.finish([y, run.op("Unsqueeze", [slot, run.const([1])])])
+        spot = run.op("Unsqueeze", [slot, run.const([1])])
+        if not g.shared.branching:
+            g.nodes += run.nodes
+            values.append(y)
+            places.append(spot)
+            continue
+        run.finish([y, spot])
         empty = [g.const(np.zeros((0, width)), F32), g.const(np.zeros((0, 1)))]
         skip.finish([skip.op("Identity", [name]) for name in empty])
         value, place = g.conditional(g.op("Gather", [any_hit, number]), run, skip, 2)

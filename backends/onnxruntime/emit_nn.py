@@ -13,7 +13,7 @@ from liquidc.ir.weights import sizes
 
 
 def _embed(g: Graph, op: ops.Embed) -> list[str]:
-    return [g.op("Gather", [g.name(op.table), g.name(op.ids)], axis=0)]
+    return [g.op("Gather", [g.name(op.table), g.name(op.ids)], name="embed/Gather", axis=0)]
 
 
 def _linear(g: Graph, op: ops.Linear) -> list[str]:

@@ -47,11 +47,12 @@ class Shared:
     """What a graph and its arms have in common.
 
     `weights` are stored beside the model, `constants` inside it; `counts` numbers names,
-    `moe` the expert layers. `emit` adds the nodes of a block.
+    `moe` the expert layers. `emit` adds the nodes of a block. Without `branching` there is no If.
     """
 
     module: Module
     emit: Callable[[Graph, Block], None]
+    branching: bool = True
     weights: dict[str, WeightExpr] = field(default_factory=dict[str, WeightExpr])
     constants: dict[Any, str] = field(default_factory=dict[Any, str])
     initializers: list[onnx.TensorProto] = field(default_factory=list[onnx.TensorProto])
@@ -89,11 +90,12 @@ class Graph:
         count: int = 1,
         *,
         domain: str = "",
+        name: str = "",
         outputs: Sequence[str] | None = None,
         **attributes: Any,
     ) -> Any:
         """Add a node; the name of its output, or a list of names."""
-        name = self.shared.unique(f"{self.prefix}/{kind}" if self.prefix else kind)
+        name = self.shared.unique(name or (f"{self.prefix}/{kind}" if self.prefix else kind))
         outs = list(outputs or [f"{name}:{i}" for i in range(count)])
         self.nodes.append(
             helper.make_node(kind, list(inputs), outs, name=name, domain=domain, **attributes)

@@ -58,12 +58,18 @@ class OrtRunner(Runner):
         manifest: its manifest.
         options: threads and whether this is a measurement.
         profile: prefix of the profiler's file; None runs without it.
+        model: the graph, if it is not the engine's main one.
     """
 
     bench_note = "session.force_spinning_stop=1"
 
     def __init__(
-        self, engine: Path, manifest: Manifest, options: RunnerOptions, profile: str | None = None
+        self,
+        engine: Path,
+        manifest: Manifest,
+        options: RunnerOptions,
+        profile: str | None = None,
+        model: str | None = None,
     ) -> None:
         settings = ort.SessionOptions()
         settings.log_severity_level = LOG_SEVERITY
@@ -76,7 +82,7 @@ class OrtRunner(Runner):
             settings.enable_profiling = True
             settings.profile_file_prefix = profile
         self._engine, self._manifest, self._options = engine, manifest, options
-        path = engine / str(manifest.artifact["model"])
+        path = engine / (model or str(manifest.artifact["model"]))
         self._session: Any = ort.InferenceSession(
             str(path), settings, providers=["CPUExecutionProvider"]
         )
@@ -133,10 +139,14 @@ class OrtRunner(Runner):
                 self._engine, self._manifest, self._options, str(Path(scratch) / "profile")
             )
             work(runner)
-            events = json.loads(Path(runner._session.end_profiling()).read_text(encoding="utf-8"))
+            events = runner.events()
             runner.close()
         layers = [info.layer for info in self._manifest.model.experts]
         return read_trace(events, self._gates_by_label(), layers)
+
+    def events(self) -> list[dict[str, Any]]:
+        """What the profiler of the session saw until now; it ends."""
+        return json.loads(Path(self._session.end_profiling()).read_text(encoding="utf-8"))
 
     def _gates_by_label(self) -> dict[str, int]:
         layers: dict[int, list[int]] = {}
