@@ -8,8 +8,7 @@ from collections.abc import Sequence
 from itertools import pairwise
 from typing import TYPE_CHECKING
 
-from liquidc.facts import _behind
-from liquidc.ir import Function, ops
+from liquidc.ir import Function, Op, Value, ops
 from liquidc.passes.routed_experts import routers
 from liquidc.profile import (
     MARGINS,
@@ -70,7 +69,7 @@ def _gate(
 def _experts(prefill: Function, tokens: int, rng: random.Random) -> tuple[ExpertProfile, ...]:
     """One for each router; a layer that returns no numbers of experts follows the one before."""
     numbers = {
-        _behind(value): int(name.removeprefix("experts."))
+        _router(value): int(name.removeprefix("experts."))
         for name, value in zip(prefill.result_names, prefill.returned, strict=True)
         if name.startswith("experts.")
     }
@@ -80,6 +79,17 @@ def _experts(prefill: Function, tokens: int, rng: random.Random) -> tuple[Expert
         layer = numbers.get(route, layer + 1)
         found.append(_choices(route, layer, rng.randrange(tokens + 1), rng))
     return tuple(found)
+
+
+def _router(value: Value) -> Op | None:
+    """The router whose choice a value is, in a module as it was generated."""
+    match value.op:
+        case ops.If() as op:
+            return _router(op.then.terminator.operands[op.results.index(value)])
+        case ops.Renumber() as op:
+            return _router(op.index)
+        case op:
+            return op
 
 
 def _choices(route: ops.Route, layer: int, tokens: int, rng: random.Random) -> ExpertProfile:
