@@ -12,6 +12,7 @@ from liquidc.ir import weights as lazy
 from liquidc.ir.rewriter import Refusal, Rewriter, Statistics
 from liquidc.passes.base import Pass, PassContext
 from liquidc.passes.fold_constants import declare, joined
+from liquidc.passes.routers import router_linears
 
 
 @dataclass(frozen=True)
@@ -38,18 +39,16 @@ class FuseLinear(Pass):
 
     def apply(self, module: Module, statistics: Statistics, context: PassContext) -> None:
         """Fuse in every block."""
-        routed = {id(op) for op in _routers(module)}
+        routed = router_linears(module)
         for function in module.functions.values():
             self._block(module, function.body, routed, statistics)
 
-    def _block(
-        self, module: Module, block: Block, routed: set[int], statistics: Statistics
-    ) -> None:
+    def _block(self, module: Module, block: Block, routed: set[Op], statistics: Statistics) -> None:
         groups: defaultdict[Value, list[ops.Linear]] = defaultdict(list)
         for op in block.ops:
             for inner in op.regions.values():
                 self._block(module, inner, routed, statistics)
-            if isinstance(op, ops.Linear) and id(op) not in routed:
+            if isinstance(op, ops.Linear) and op not in routed:
                 groups[op.x].append(op)
         for group in groups.values():
             if len(group) > 1:
@@ -87,46 +86,3 @@ def _together(module: Module, rw: Rewriter, used: Sequence[ops.Weight]) -> Value
     names = [op.weight for op in used]
     expr = lazy.Concat(tuple(module.weights[name] for name in names), 0)
     return declare(module, rw, joined(names), expr)
-
-
-def _routers(module: Module) -> list[Op]:
-    """The `linear` ops on the way from a layer's state to a decision."""
-    found: list[Op] = []
-    seen: set[int] = set()
-    pending = [op.operands[0] for op in module.walk() if isinstance(op, ops.DepthGate | ops.Route)]
-    while pending:
-        op = pending.pop().op
-        if op is None or id(op) in seen or op.regions:
-            continue
-        seen.add(id(op))
-        if isinstance(op, ops.Linear):
-            found.append(op)
-        if isinstance(op, ops.Binary) and not _residual(op):
-            pending += op.operands
-        elif isinstance(op, ops.RMSNorm | ops.LayerNorm) and not _narrow(op):
-            continue
-        elif isinstance(op, _ON_THE_WAY):
-            pending += op.operands[:1]
-    return found
-
-
-_ON_THE_WAY = (
-    ops.Unary,
-    ops.Linear,
-    ops.Reshape,
-    ops.Slice,
-    ops.Cast,
-    ops.Softmax,
-    ops.RMSNorm,
-    ops.LayerNorm,
-)
-
-
-def _residual(op: ops.Binary) -> bool:
-    """Whether an op adds a layer's output to the state: routers begin after it."""
-    return isinstance(op, ops.Add) and op.a.type == op.b.type
-
-
-def _narrow(op: Op) -> bool:
-    """Whether a norm stands inside a router: what it normalises is a projection."""
-    return isinstance(op.operands[0].op, ops.Linear)

@@ -9,6 +9,7 @@ from liquidc.passes.eliminate_dead import EliminateDead
 from liquidc.passes.fix_gates import FixGates
 from liquidc.passes.fold_constants import FoldConstants
 from liquidc.passes.fuse_linear import FuseLinear
+from liquidc.passes.fold_router import FoldRouter
 from liquidc.passes.group_experts import GroupExperts
 from liquidc.passes.hoist_common import HoistCommon
 from liquidc.passes.merge_experts import MergeExperts
@@ -27,6 +28,7 @@ PASSES: dict[str, type[Pass]] = {
         FuseLinear,
         GroupExperts,
         HoistCommon,
+        FoldRouter,
         MergeExperts,
         PruneExperts,
         SpecializeDecode,
@@ -44,6 +46,7 @@ DEFAULT_PIPELINE = (
     "specialize-decode",
     "compact-tokens",
     "fold-constants",
+    "fold-router",
     "eliminate-common",
     "eliminate-dead",
 )

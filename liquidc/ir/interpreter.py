@@ -23,6 +23,18 @@ from liquidc.ir.weights import WeightSource, materialize, torch_dtype
 Tensor = torch.Tensor
 
 
+@dataclass(frozen=True, slots=True)
+class InFloat64:
+    """A source whose floats are widened: what is computed with weights is not rounded."""
+
+    source: WeightSource
+
+    def read_rows(self, name: str, start: int, stop: int) -> Tensor:
+        """See `WeightSource`."""
+        rows = self.source.read_rows(name, start, stop)
+        return rows.double() if rows.is_floating_point() else rows
+
+
 @dataclass(slots=True)
 class Interpreter:
     """Runs the functions of `module`, reading weights from `source` once each.
@@ -86,7 +98,8 @@ class Interpreter:
             if self.source is None:
                 raise InputError(f"weight @{name} needs a checkpoint to be read from")
             expr = self.module.weights[name]
-            self.weights[name] = materialize(expr, self.source).to(self.dtype(expr.type.dtype))
+            source = InFloat64(self.source) if self.exact else self.source
+            self.weights[name] = materialize(expr, source).to(self.dtype(expr.type.dtype))
         return self.weights[name]
 
     def _block(self, block: Block, frame: Frame) -> list[Tensor]:

@@ -23,7 +23,6 @@ from liquidc.ir.weights import (
     Transpose,
     WeightExpr,
     WeightSource,
-    torch_dtype,
 )
 
 if TYPE_CHECKING:
@@ -102,10 +101,11 @@ class Mix(WeightExpr):
         """See `WeightExpr`."""
         import torch
 
-        total = self.xs[0].read(source, box).to(torch.float64) * self.shares[0]
+        first = self.xs[0].read(source, box)
+        total = first.to(torch.float64) * self.shares[0]
         for x, share in zip(self.xs[1:], self.shares[1:], strict=True):
             total += x.read(source, box).to(torch.float64) * share
-        return total.to(torch_dtype(self.type.dtype))
+        return total.to(first.dtype)
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,11 +139,11 @@ class Product(WeightExpr):
         import torch
 
         middle = (0, self.a.sizes[1])
-        a = self.a.read(source, (box[0], middle)).to(torch.float64)
-        b = self.b.read(source, (middle, box[1])).to(torch.float64)
+        read = self.a.read(source, (box[0], middle))
+        a, b = read.to(torch.float64), self.b.read(source, (middle, box[1])).to(torch.float64)
         rows = [[math.fsum((row * column).tolist()) for column in b.T] for row in a]
         made = torch.tensor(rows, dtype=torch.float64).reshape(a.shape[0], b.shape[1])
-        return made.to(torch_dtype(self.type.dtype))
+        return made.to(read.dtype)
 
 
 FUNCTIONS: dict[str, Callable[..., WeightExpr]] = {

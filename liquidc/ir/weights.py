@@ -28,7 +28,10 @@ class WeightSource(Protocol):
     """Where tensors come from; `liquidc.frontend.checkpoint.CheckpointSource` is one."""
 
     def read_rows(self, name: str, start: int, stop: int) -> torch.Tensor:
-        """Rows `start:stop` of the tensor `name`, in its stored dtype."""
+        """Rows `start:stop` of the tensor `name`, in its stored dtype.
+
+        From a source that gives float64 instead, expressions are not rounded either.
+        """
         ...
 
 
@@ -282,7 +285,9 @@ class Cast(WeightExpr):
 
     def read(self, source: WeightSource, box: Box) -> torch.Tensor:
         """See `WeightExpr`."""
-        return self.x.read(source, box).to(torch_dtype(self.dtype))
+        read = self.x.read(source, box)
+        made = read.to(torch_dtype(self.dtype))
+        return made if read.dtype == torch_dtype(self.x.type.dtype) else made.to(read.dtype)
 
 
 def _check_dim(x: WeightExpr, dim: int) -> None:

@@ -50,7 +50,8 @@ def layer(b: Builder, step: Step, x: Value, number: int) -> Value:
     if kind == "ungated":
         x, cache = _attention(b, step, x, number, step.valid, step.valid, "own")
         step.caches.append(cache)
-        routed = _feed_forward(b, x, step.valid, label)
+        mask = _fixed_gate(b, step, number) if b.chance(30) else step.valid
+        routed = _feed_forward(b, x, mask, label)
         if isinstance(routed, Routed):
             step.experts[number] = routed.index
         return b.add(ops.Add(x, _output(routed)))
@@ -68,6 +69,8 @@ def _gate(b: Builder, step: Step, x: Value, number: int) -> Value:
     if b.chance(50):
         u = b.add(ops.Tanh(b.linear(u, 5)))
         u = b.norm(u) if b.chance(50) else u
+    if b.chance(30):
+        u = b.linear(u, 5)
     if b.chance(50):
         score = b.reshape(b.linear(u, 1), "B", "T")
     else:
@@ -96,6 +99,11 @@ def _gate(b: Builder, step: Step, x: Value, number: int) -> Value:
     step.gates.append((mask, p))
     step.executed = b.add(ops.Add(step.executed, b.add(ops.Cast(mask, to=DType.I64))))
     return mask
+
+
+def _fixed_gate(b: Builder, step: Step, number: int) -> Value:
+    """The mask of a gate that was fixed to run; nobody counts it as a gate."""
+    return b.emit(ops.FixedGate(step.valid, layer=number, gate=0, run=True, threshold=0.5))[0]
 
 
 def _output(made: Value | Routed) -> Value:

@@ -15,6 +15,7 @@ from liquidc.passes import (
     eliminate_common,
     eliminate_dead,
     fold_constants,
+    fold_router,
     fuse_linear,
     group_experts,
     hoist_common,
@@ -103,6 +104,29 @@ def keeps_another_result(patch: Patch) -> None:
 
 @mutation("fuse-linear")
 def joins_weights_in_another_order(patch: Patch) -> None:
+@mutation("fold-router")
+def takes_the_other_logit(patch: Patch) -> None:
+    right = fold_router.FoldTwoLogits._difference
+
+    def wrong(self: Any, name: str, rows: Sequence[Any], rw: Rewriter) -> Value:
+        return right(self, name, rows[::-1], rw)
+
+    patch.setattr(fold_router.FoldTwoLogits, "_difference", wrong)
+
+
+@mutation("fold-router")
+def forgets_the_bias_of_the_first_projection(patch: Patch) -> None:
+    right = fold_router.FoldLinearChain.rewrite
+
+    def wrong(self: Any, op: ops.Linear, rw: Rewriter) -> Sequence[Value]:
+        inner = op.x.op
+        if isinstance(inner, ops.Linear) and op in self.routed and len(inner.y.uses) == 1:
+            inner.set_operands(inner.operands[:2])
+        return right(self, op, rw)
+
+    patch.setattr(fold_router.FoldLinearChain, "rewrite", wrong)
+
+
     right = fuse_linear._together
 
     def wrong(module: Module, rw: Rewriter, used: Sequence[ops.Weight]) -> Value:
