@@ -8,8 +8,8 @@ from liquidc.passes.eliminate_common import EliminateCommon
 from liquidc.passes.eliminate_dead import EliminateDead
 from liquidc.passes.fix_gates import FixGates
 from liquidc.passes.fold_constants import FoldConstants
-from liquidc.passes.fuse_linear import FuseLinear
 from liquidc.passes.fold_router import FoldRouter
+from liquidc.passes.fuse_linear import FuseLinear
 from liquidc.passes.group_experts import GroupExperts
 from liquidc.passes.hoist_common import HoistCommon
 from liquidc.passes.merge_experts import MergeExperts
@@ -25,10 +25,10 @@ PASSES: dict[str, type[Pass]] = {
         EliminateDead,
         FixGates,
         FoldConstants,
+        FoldRouter,
         FuseLinear,
         GroupExperts,
         HoistCommon,
-        FoldRouter,
         MergeExperts,
         PruneExperts,
         SpecializeDecode,
@@ -42,11 +42,11 @@ DEFAULT_PIPELINE = (
     "hoist-common",
     "stack-experts",
     "group-experts",
+    "fold-router",
     "fuse-linear",
     "specialize-decode",
     "compact-tokens",
     "fold-constants",
-    "fold-router",
     "eliminate-common",
     "eliminate-dead",
 )
