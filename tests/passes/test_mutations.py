@@ -11,6 +11,7 @@ from hypothesis import Phase, given, settings
 from liquidc.ir import Block, Module, Op, Value, ops
 from liquidc.ir import weights as lazy
 from liquidc.ir.rewriter import Rewriter, Statistics
+from liquidc.ir.weight_maths import Product, Take
 from liquidc.passes import (
     eliminate_common,
     eliminate_dead,
@@ -115,8 +116,10 @@ def takes_the_other_logit(patch: Patch) -> None:
 
 
 @mutation("fold-router")
-def forgets_the_bias_of_the_first_projection(patch: Patch) -> None:
-    right = fold_router.FoldLinearChain.rewrite
+def multiplies_the_weights_of_another_input(patch: Patch) -> None:
+    def wrong(b: lazy.WeightExpr, a: lazy.WeightExpr) -> lazy.WeightExpr:
+        columns = tuple(reversed(range(a.sizes[1])))
+        return Product(b, Take(a, 1, columns))
 
     def wrong(self: Any, op: ops.Linear, rw: Rewriter) -> Sequence[Value]:
         inner = op.x.op
