@@ -16,6 +16,7 @@ from liquidc.backends.base import Arrays, Cache, Runner, Trace
 from liquidc.backends.weights_file import NAME, WeightsFile
 from liquidc.errors import InternalError
 from liquidc.ir import Module, Op, ops, parse_module, verify
+from liquidc.ir.experts import layers_of_experts
 from liquidc.ir.interpreter import Frame, Interpreter
 from liquidc.ir.types import DType
 from liquidc.ir.weights import torch_dtype
@@ -119,8 +120,12 @@ class _CountingRunner(NullRunner):
             for layer, gates in layers.items()
             for part, gate in (("", gates[0]), ("/attn", gates[0]), ("/ffn", gates[-1]))
         }
-        experts = [info.layer for info in self._manifest.model.experts]
-        return _Counting(module, weights, gate_of=gate_of, layer_of=_layers_of(module, experts))
+        layer_of = {
+            op: layer
+            for function in module.functions.values()
+            for op, layer in layers_of_experts(function).items()
+        }
+        return _Counting(module, weights, gate_of=gate_of, layer_of=layer_of)
 
     def trace(self) -> Trace:
         """What was counted."""
@@ -131,16 +136,6 @@ class _CountingRunner(NullRunner):
 
 
 _Experts = (ops.GroupedExperts, ops.MapExperts)
-
-
-def _layers_of(module: Module, layers: Sequence[int]) -> dict[Op, int]:
-    """The layer of each op that holds experts: they stand in the order of the layers."""
-    found: dict[Op, int] = {}
-    for function in module.functions.values():
-        holders = [op for op in function.body.walk() if isinstance(op, _Experts)]
-        if len(holders) == len(layers):
-            found |= dict(zip(holders, layers, strict=True))
-    return found
 
 
 @dataclass(slots=True)

@@ -20,6 +20,7 @@ from liquidc.backends.onnxruntime.graph import (
 from liquidc.backends.weights_file import byte_size
 from liquidc.errors import UnsupportedError
 from liquidc.ir import Block, Function, Module, Op, TensorType, Value, ops, parse_module
+from liquidc.ir.experts import layers_of_experts
 from liquidc.ir.types import dim_names
 from liquidc.ir.weights import WeightExpr, sizes
 
@@ -47,7 +48,7 @@ def lower(module: Module, name: str = "prefill", *, branching: bool = True) -> L
         UnsupportedError: an op has no lowering; names it and the line of the model.
     """
     function = module.functions[name]
-    shared = Shared(module, emit_block, branching)
+    shared = Shared(module, emit_block, branching, layers=layers_of_experts(function))
     graph = Graph(shared)
     inputs = [_info(arg.name, arg.type) for arg in function.args]
     for arg in function.args:

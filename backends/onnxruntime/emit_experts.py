@@ -36,8 +36,8 @@ def _by_expert(
     any_hit = g.op("Cast", [any_hit], to=ELEMENT[DType.BOOL])
     values: list[str] = []
     places: list[str] = []
-    group = f"{g.prefix}/moe{g.shared.moe}" if g.prefix else f"moe{g.shared.moe}"
-    g.shared.moe += 1
+    moe = f"moe{g.shared.layers.get(op, '')}"
+    group = f"{g.prefix}/{moe}" if g.prefix else moe
     for expert in range(experts):
         label = f"{group}/expert{expert}"
         number = g.const(expert)

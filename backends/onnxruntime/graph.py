@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
 from liquidc.errors import UnsupportedError
-from liquidc.ir import Block, Dim, DType, Module, Value, ops
+from liquidc.ir import Block, Dim, DType, Module, Op, Value, ops
 from liquidc.ir.types import dim_names
 from liquidc.ir.weights import Select, WeightExpr
 
@@ -47,7 +47,8 @@ class Shared:
     """What a graph and its arms have in common.
 
     `weights` are stored beside the model, `constants` inside it; `counts` numbers names,
-    `moe` the expert layers. `emit` adds the nodes of a block. Without `branching` there is no If.
+    `layers` says where experts belong. `emit` adds the nodes of a block. Without `branching` there
+    is no If.
     """
 
     module: Module
@@ -57,7 +58,7 @@ class Shared:
     constants: dict[Any, str] = field(default_factory=dict[Any, str])
     initializers: list[onnx.TensorProto] = field(default_factory=list[onnx.TensorProto])
     counts: dict[str, int] = field(default_factory=dict[str, int])
-    moe: int = 0
+    layers: dict[Op, int] = field(default_factory=dict[Op, int])
 
     def unique(self, name: str) -> str:
         """`name`, with a number from its second use on."""

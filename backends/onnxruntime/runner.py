@@ -6,7 +6,7 @@ import json
 import re
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -141,8 +141,7 @@ class OrtRunner(Runner):
             work(runner)
             events = runner.events()
             runner.close()
-        layers = [info.layer for info in self._manifest.model.experts]
-        return read_trace(events, self._gates_by_label(), layers)
+        return read_trace(events, self._gates_by_label())
 
     def events(self) -> list[dict[str, Any]]:
         """What the profiler of the session saw until now; it ends."""
@@ -164,12 +163,10 @@ class OrtRunner(Runner):
 
 
 _GATED = re.compile(r"(fused )?(?P<label>layer\d+(/attn|/ffn)?)/run/Gemm_kernel_time")
-_EXPERT = re.compile(r"(fused )?(.+/)?moe(?P<moe>\d+)/expert(?P<expert>\d+)/Gemm_kernel_time")
+_EXPERT = re.compile(r"(fused )?(.+/)?moe(?P<layer>\d+)/expert(?P<expert>\d+)/Gemm_kernel_time")
 
 
-def read_trace(
-    events: list[dict[str, Any]], gates: Mapping[str, int], layers: Sequence[int]
-) -> Trace:
+def read_trace(events: list[dict[str, Any]], gates: Mapping[str, int]) -> Trace:
     """Tokens behind each gate and of each expert, from a profile's node events.
 
     They are the rows of the first matrix product of an arm, the node whose name has no number: in
@@ -179,7 +176,6 @@ def read_trace(
     Args:
         events: of the profiler's file.
         gates: index by label of the conditional.
-        layers: those with experts, in order.
     """
     rows: Counter[int] = Counter()
     experts: dict[int, Counter[int]] = {}
@@ -190,7 +186,7 @@ def read_trace(
         if (gated := _GATED.fullmatch(name)) and gated["label"] in gates:
             rows[gates[gated["label"]]] += _first_size(event)
         elif expert := _EXPERT.fullmatch(name):
-            counter = experts.setdefault(layers[int(expert["moe"])], Counter())
+            counter = experts.setdefault(int(expert["layer"]), Counter())
             counter[int(expert["expert"])] += _first_size(event)
     return Trace(dict(rows), {layer: dict(counter) for layer, counter in experts.items()})
 

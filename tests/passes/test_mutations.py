@@ -18,6 +18,7 @@ from liquidc.passes import (
     fold_constants,
     fold_router,
     fuse_linear,
+    gate_arms,
     group_experts,
     hoist_common,
     specialize_decode,
@@ -103,8 +104,6 @@ def keeps_another_result(patch: Patch) -> None:
     patch.setattr(eliminate_dead, "drop_results", wrong)
 
 
-@mutation("fuse-linear")
-def joins_weights_in_another_order(patch: Patch) -> None:
 @mutation("fold-router")
 def takes_the_other_logit(patch: Patch) -> None:
     right = fold_router.FoldTwoLogits._difference
@@ -121,15 +120,11 @@ def multiplies_the_weights_of_another_input(patch: Patch) -> None:
         columns = tuple(reversed(range(a.sizes[1])))
         return Product(b, Take(a, 1, columns))
 
-    def wrong(self: Any, op: ops.Linear, rw: Rewriter) -> Sequence[Value]:
-        inner = op.x.op
-        if isinstance(inner, ops.Linear) and op in self.routed and len(inner.y.uses) == 1:
-            inner.set_operands(inner.operands[:2])
-        return right(self, op, rw)
-
-    patch.setattr(fold_router.FoldLinearChain, "rewrite", wrong)
+    patch.setattr(fold_router, "Product", wrong)
 
 
+@mutation("fuse-linear")
+def joins_weights_in_another_order(patch: Patch) -> None:
     right = fuse_linear._together
 
     def wrong(module: Module, rw: Rewriter, used: Sequence[ops.Weight]) -> Value:
@@ -182,23 +177,23 @@ def hoists_what_depends_on_the_arm(patch: Patch) -> None:
 
 @mutation("specialize-decode{batch=1}")
 def takes_the_mask_for_the_other(patch: Patch) -> None:
-    right = specialize_decode._replace_in
+    right = specialize_decode.know_mask
 
     def wrong(arm: Block, mask: Value, *, known: bool) -> None:
         right(arm, mask, known=not known)
 
-    patch.setattr(specialize_decode, "_replace_in", wrong)
+    patch.setattr(specialize_decode, "know_mask", wrong)
 
 
 @mutation("specialize-decode")
 def knows_the_mask_of_several_rows(patch: Patch) -> None:
     right = specialize_decode.SpecializeDecode.apply
 
-    def wrong(self: Any, module: Module, statistics: Statistics) -> None:
-        right(self, module, statistics)
+    def wrong(self: Any, module: Module, statistics: Statistics, context: Any) -> None:
+        right(self, module, statistics, context)
         for op in module.functions["decode"].body.ops:
             if isinstance(op, ops.If) and isinstance(op.cond.op, ops.Any):
-                specialize_decode._replace_in(op.then, op.cond.op.x, known=True)
+                specialize_decode.know_mask(op.then, op.cond.op.x, known=True)
 
     patch.setattr(specialize_decode.SpecializeDecode, "apply", wrong)
 
