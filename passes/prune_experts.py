@@ -7,17 +7,16 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 from liquidc.errors import InputError
-from liquidc.ir import Module, Op, Value, ops
+from liquidc.ir import Module, ops
 from liquidc.ir.rewriter import Rewriter, Statistics
-from liquidc.ir.weight_maths import Take
 from liquidc.passes.base import Pass, PassContext
-from liquidc.passes.fold_constants import declare
 from liquidc.passes.routed_experts import (
     Routed,
     change_layers,
     check_options,
     share_left,
     starved,
+    take_experts,
 )
 from liquidc.profile import UNIT, ExpertProfile
 
@@ -61,7 +60,7 @@ class PruneExperts(Pass):
             scores, route = reap(profile), found[0].route
             kept = _best(profile, scores, self._kept(profile, route, rw), route.n_group)
             for one in found:
-                _prune(module, one, kept)
+                take_experts(module, one, kept, "kept")
             return self._facts(profile, scores, kept)
 
         change_layers(self, module, statistics, context.need_profile(self.name), prune)
@@ -121,24 +120,3 @@ def _best(
         group = range(start, start + size)
         kept += sorted(group, key=lambda e: (-scores[e], -profile.load[e], e))[:count]
     return tuple(sorted(kept))
-
-
-def _prune(module: Module, found: Routed, kept: tuple[int, ...]) -> None:
-    for op in found.ops:
-        op.set_operands([_cut(module, op, value, kept) for value in op.operands])
-    for op in (found.linear, *found.logits):
-        if isinstance(op, ops.Reshape):
-            op.set_attribute("shape", (*op.shape[:-1], len(kept)))
-        (op.result.type,) = op.infer()
-
-
-def _cut(module: Module, user: Op, value: Value, kept: tuple[int, ...]) -> Value:
-    """A weight's entries of the experts that stay; other values as they are."""
-    weight, block = value.op, user.parent
-    if not isinstance(weight, ops.Weight) or block is None:
-        return value
-    rw = Rewriter(block, [])
-    expr = Take(module.weights[weight.weight], 0, kept)
-    cut = declare(module, rw, f"{weight.weight}.kept", expr)
-    block.insert_before(user, rw.emitted[0])
-    return cut

@@ -1,4 +1,4 @@
-"""Experts and the router that chooses them: what the lossy expert passes find, and check."""
+"""Experts and the router that chooses them: what passes find, check, and take together."""
 
 from __future__ import annotations
 
@@ -10,7 +10,9 @@ from typing import Any, cast
 from liquidc.errors import InputError
 from liquidc.ir import Block, Function, Module, Op, Value, ops
 from liquidc.ir.rewriter import Refusal, Rewriter, Statistics
+from liquidc.ir.weight_maths import Take
 from liquidc.passes.base import Pass
+from liquidc.passes.fold_constants import declare
 from liquidc.profile import ExpertProfile, Profile
 
 Holder = ops.GroupedExperts | ops.MapExperts
@@ -203,6 +205,28 @@ def _weight_operand(op: ops.Add) -> Value | None:
     """A bias [E] that an op adds."""
     shape = op.y.shape[-1:]
     return next((v for v in op.operands if isinstance(v.op, ops.Weight) and v.shape == shape), None)
+
+
+def take_experts(module: Module, found: Routed, entries: tuple[int, ...], suffix: str) -> None:
+    """Keep these experts of a layer, in this order: their weights, their rows of the router."""
+    for op in found.ops:
+        op.set_operands([_taken(module, op, value, entries, suffix) for value in op.operands])
+    for op in (found.linear, *found.logits):
+        if isinstance(op, ops.Reshape):
+            op.set_attribute("shape", (*op.shape[:-1], len(entries)))
+        (op.result.type,) = op.infer()
+
+
+def _taken(module: Module, user: Op, value: Value, entries: tuple[int, ...], suffix: str) -> Value:
+    """Those entries of a weight; other values as they are."""
+    weight, block = value.op, user.parent
+    if not isinstance(weight, ops.Weight) or block is None:
+        return value
+    rw = Rewriter(block, [])
+    expr = Take(module.weights[weight.weight], 0, entries)
+    taken = declare(module, rw, f"{weight.weight}.{suffix}", expr)
+    block.insert_before(user, rw.emitted[0])
+    return taken
 
 
 def weight_name(value: Value) -> str:
