@@ -177,6 +177,7 @@ class Backend(ABC):
         functions: the IR functions that it compiles; others are dropped before the passes.
         pipeline: names of the passes that it runs, in order, with options as in `--passes`; None
             for the default of `liquidc.passes.registry`.
+        leaves_out: passes of that default which don't help it.
         stages: from the module after the passes to the engine's files.
         summary: one line for `liquidc targets`.
         skips: whether a skipped token costs no row of work; else layers are computed under masks.
@@ -186,6 +187,7 @@ class Backend(ABC):
     summary: str
     functions: tuple[str, ...]
     pipeline: tuple[str, ...] | None = None
+    leaves_out: tuple[str, ...] = ()
     skips: bool = True
     stages: tuple[Stage, ...]
 

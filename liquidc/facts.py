@@ -119,11 +119,17 @@ def _experts(main: Function) -> tuple[ExpertInfo, ...]:
         return ()
     concat = returned["experts"].op
     rows = concat.operands if isinstance(concat, ops.Concat) else [returned["experts"]]
+    shared = {
+        route: sizes(op.index.shape[-1:])[0] - route.k
+        for op in main.body.walk()
+        if isinstance(op, ops.MapExperts | ops.GroupedExperts) and (route := _behind(op.index))
+    }
     infos: list[ExpertInfo] = []
     for layer, row in enumerate(rows):
         route = _behind(row)
         if route is not None:
-            infos.append(ExpertInfo(layer, cast(int, route.logits.shape[-1]), route.k))
+            count = cast(int, route.logits.shape[-1])
+            infos.append(ExpertInfo(layer, count, route.k, shared=shared.get(route, 0)))
     return tuple(infos)
 
 

@@ -65,11 +65,16 @@ class GateInfo:
 
 @dataclass(frozen=True, slots=True)
 class ExpertInfo:
-    """The sparse experts of one layer."""
+    """The sparse experts of one layer.
+
+    `shared` further experts, numbered after the others, are used by every token: a shared expert
+    that was fused with them.
+    """
 
     layer: int
     experts: int
     per_token: int
+    shared: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -97,7 +97,9 @@ class ModelObserver:
     def __init__(self, opened: ModelInput, tokenizer: Path | None) -> None:
         module = opened.trace()
         module.functions = {"prefill": facts.main_function(module)}
-        module = run_passes(module, plan_passes(DEFAULT_PIPELINE, ()), Statistics())
+        # An expert's part is one of those that were chosen: shared experts stay apart.
+        plan = plan_passes(DEFAULT_PIPELINE, ("fuse-shared-experts",))
+        module = run_passes(module, plan, Statistics())
         self._info = facts.model_info(module, opened.type, opened.sha256)
         self._tokenizer = None if tokenizer is None else Tokenizer(tokenizer)
         layers = [info.layer for info in self._info.experts]

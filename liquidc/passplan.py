@@ -6,13 +6,16 @@ import dataclasses
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from liquidc.errors import InputError, InternalError, IRError
 from liquidc.ir import Module, verify
 from liquidc.ir.rewriter import Statistics
 from liquidc.passes.base import Pass, PassContext
-from liquidc.passes.registry import PASSES
+from liquidc.passes.registry import DEFAULT_PIPELINE, PASSES
+
+if TYPE_CHECKING:
+    from liquidc.backends.base import Backend
 
 _PASS = re.compile(r"(?P<name>[a-z][a-z0-9-]*)(?:\{(?P<options>[^{}]*)\})?")
 
@@ -49,6 +52,13 @@ def split_passes(text: str) -> tuple[str, ...]:
     """`a,b{x=1,y=2}` as its parts."""
     parts = re.split(r",(?![^{]*\})", text)
     return tuple(part.strip() for part in parts if part.strip())
+
+
+def default_passes(backend: Backend) -> tuple[str, ...]:
+    """The passes of a target that is told nothing else."""
+    if backend.pipeline is not None:
+        return backend.pipeline
+    return tuple(name for name in DEFAULT_PIPELINE if name not in backend.leaves_out)
 
 
 def plan_passes(texts: Sequence[str], without: Sequence[str]) -> tuple[PassPlan, ...]:

@@ -26,8 +26,7 @@ from liquidc.ir.rewriter import Statistics
 from liquidc.manifest import SCHEMA, Manifest, PassInfo
 from liquidc.measure import measured
 from liquidc.passes.base import PassContext
-from liquidc.passes.registry import DEFAULT_PIPELINE
-from liquidc.passplan import PassPlan, plan_passes, run_passes
+from liquidc.passplan import PassPlan, default_passes, plan_passes, run_passes
 from liquidc.profile import read_profile
 from liquidc.records import canonical
 from liquidc.specialize import Lossy
@@ -188,7 +187,7 @@ def _pass_names(options: CompileOptions, backend: Backend) -> tuple[str, ...]:
         raise InputError("to specialise a model takes a profile: give one with --profile P.json")
     names = options.passes
     if names is None:
-        names = DEFAULT_PIPELINE if backend.pipeline is None else backend.pipeline
+        names = default_passes(backend)
     added = list(options.add)
     if options.specialize == "budget":
         added += ["fix-gates", "eliminate-dead"]

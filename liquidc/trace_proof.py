@@ -3,7 +3,8 @@
 Both sides are integers over the same run. The gates' side sums the tokens that each gate let run;
 the trace's side sums the rows that the work behind that gate computed, as the profiler recorded
 them. Equal sums per gate mean that a skipped token cost no row of work. Experts likewise: tokens
-sent to an expert against rows that it computed.
+sent to an expert against rows that it computed. To a shared expert that was fused with the others
+go all tokens that run the layer.
 """
 
 from __future__ import annotations
@@ -83,8 +84,11 @@ def prove(
         tokens += result.gates.shape[2]
         for gate, ran in enumerate(result.gates.sum((1, 2))):
             gates[gate] += 0 if fixed[gate] else int(ran)
-        for layer, counter in experts.items():
-            counter.update(int(e) for e in result.experts[layer].ravel() if e >= 0)
+        for info in engine.manifest.model.experts:
+            chosen, counter = result.experts[info.layer], experts[info.layer]
+            counter.update(int(e) for e in chosen.ravel() if e >= 0)
+            ran = int((chosen >= 0).any(-1).sum())
+            counter.update({info.experts + slot: ran for slot in range(info.shared)})
 
     def work(runner: Runner) -> None:
         profiled = engine.with_runner(runner)

@@ -10,6 +10,7 @@ from liquidc.passes.fix_gates import FixGates
 from liquidc.passes.fold_constants import FoldConstants
 from liquidc.passes.fold_router import FoldRouter
 from liquidc.passes.fuse_linear import FuseLinear
+from liquidc.passes.fuse_shared_experts import FuseSharedExperts
 from liquidc.passes.group_experts import GroupExperts
 from liquidc.passes.hoist_common import HoistCommon
 from liquidc.passes.merge_experts import MergeExperts
@@ -27,6 +28,7 @@ PASSES: dict[str, type[Pass]] = {
         FoldConstants,
         FoldRouter,
         FuseLinear,
+        FuseSharedExperts,
         GroupExperts,
         HoistCommon,
         MergeExperts,
@@ -42,6 +44,7 @@ DEFAULT_PIPELINE = (
     "hoist-common",
     "stack-experts",
     "group-experts",
+    "fuse-shared-experts",
     "fold-router",
     "fuse-linear",
     "specialize-decode",

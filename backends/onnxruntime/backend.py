@@ -77,6 +77,9 @@ class OnnxRuntimeBackend(Backend):
     name = "onnxruntime"
     summary = "one ONNX graph with a conditional for each gated layer, for ONNX Runtime on CPU"
     functions = ("prefill",)
+    # Each expert is a conditional of its own here, and a shared expert needs none: fused, decoding
+    # takes 2 % longer (docs/facts.md).
+    leaves_out = ("fuse-shared-experts",)
     stages = (
         Stage("lower", ".onnx", lower_module, dump_lowered, load_lowered),
         Stage("engine", "", write_engine),

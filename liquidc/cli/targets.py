@@ -19,7 +19,7 @@ Examples:
 def command(as_json: bool) -> None:
     """List the targets, and whether this machine can build and run them, or why not."""
     from liquidc.backends.registry import TARGETS, get_backend
-    from liquidc.passes.registry import DEFAULT_PIPELINE
+    from liquidc.passplan import default_passes
 
     found: list[dict[str, Any]] = []
     for name in TARGETS:
@@ -33,7 +33,7 @@ def command(as_json: bool) -> None:
                 "needs": None if reason else backend.target(),
                 "summary": backend.summary,
                 "stages": [stage.name for stage in backend.stages],
-                "passes": list(backend.pipeline or DEFAULT_PIPELINE),
+                "passes": list(default_passes(backend)),
             }
         )
     if as_json:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -39,11 +40,13 @@ IDS = [int(i) for i in np.random.default_rng(5).integers(0, 256, 24)]
 def pair(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[LiquidForCausalLM, Engine]:
-    """A model with decisive gates, and its engine."""
+    """A model with decisive gates and a shared expert of two experts' width, and its engine."""
     policy, scope = request.param
     gate = {"layers": [1, 2], "kv_policy": policy, "scope": scope}
+    moe = CONFIG["moe"] | {"shared_intermediate_size": 32, "shared_gate": "sigmoid"}
+    config = CONFIG | {"depth_gate": gate, "moe": moe}
     torch.manual_seed(3)
-    model = LiquidForCausalLM(LiquidConfig.from_dict(CONFIG | {"depth_gate": gate})).eval()
+    model = LiquidForCausalLM(LiquidConfig.from_dict(config)).eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "depth_gate" in name:
@@ -118,6 +121,12 @@ def test_work_follows_the_gates(pair: tuple[LiquidForCausalLM, Engine]) -> None:
     assert proof.holds
     assert sum(proof.gates) < len(proof.gates) * proof.tokens
     assert sorted(proof.experts_traced) == [0, 1, 2, 3]
+    for layer, info in enumerate(engine.manifest.model.experts):
+        assert (info.experts, info.shared) == (4, 2)
+        traced = proof.experts_traced[layer]
+        assert traced[4] == traced[5]
+        wrong = proof.experts_traced | {layer: traced | {5: traced[5] + 1}}
+        assert not replace(proof, experts_traced=wrong).holds
 
 
 def only_in_run_arms(module: Module) -> set[str]:

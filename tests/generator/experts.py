@@ -30,15 +30,39 @@ def mixture(b: Builder, x: Value, mask: Value, label: str) -> Routed:
     apply = b.rng.choice(("output", "input"))
     body = b.rng.choice(BODIES)
     stacks = [b.stack(count, *shape) for shape in body.shapes]
-    form = b.rng.choice(("regions", "regions", "mapped", "grouped"))
+    form = b.rng.choice(("regions", "regions", "mapped", "grouped", "grouped"))
     if form == "regions":
-        return Routed(_regions(b, x, index, weight, stacks, body, apply, label), index)
-    if form == "mapped":
-        return Routed(_mapped(b, x, index, weight, stacks, body, apply), index)
-    both = b.weight(count * 2 * HIDDEN, WIDTH), b.weight(count * WIDTH, HIDDEN)
-    gate_up = b.reshape(both[0], count, 2 * HIDDEN, WIDTH)
-    down = b.reshape(both[1], count, WIDTH, HIDDEN)
-    return Routed(b.add(ops.GroupedExperts(x, index, weight, gate_up, down, apply=apply)), index)
+        y = _regions(b, x, index, weight, stacks, body, apply, label)
+    elif form == "mapped":
+        y = _mapped(b, x, index, weight, stacks, body, apply)
+    else:
+        stored = b.chance(80)
+        shapes = ((count, 2 * HIDDEN, WIDTH), (count, WIDTH, HIDDEN))
+        gate_up, down = (_stacked(b, shape, stored=stored) for shape in shapes)
+        y = b.add(ops.GroupedExperts(x, index, weight, gate_up, down, apply=apply))
+    return Routed(_with_shared(b, x, y) if b.chance(60) else y, index)
+
+
+def _stacked(b: Builder, shape: tuple[int, int, int], *, stored: bool) -> Value:
+    """The weights of all experts, stored as such or computed from one matrix."""
+    count, rows, columns = shape
+    return b.weight(*shape) if stored else b.reshape(b.weight(count * rows, columns), *shape)
+
+
+def _with_shared(b: Builder, x: Value, y: Value) -> Value:
+    """A shared expert beside the others: as wide, twice as wide, or of another width."""
+    width = 4 if b.chance(10) else b.rng.choice((HIDDEN, 2 * HIDDEN))
+    if b.chance(30):
+        both = b.add(ops.Linear(x, b.weight(2 * width, WIDTH)))
+        cuts = ((0, width), (width, 2 * width))
+        gate, up = (b.add(ops.Slice(both, dim=2, start=i, stop=j)) for i, j in cuts)
+    else:
+        gate, up = (b.add(ops.Linear(x, b.weight(width, WIDTH))) for _ in range(2))
+    hidden = b.add(ops.Mul(b.add(ops.SiLU(gate)), up))
+    shared = b.add(ops.Linear(hidden, b.weight(WIDTH, width)))
+    if b.chance(50):
+        shared = b.add(ops.Mul(shared, b.add(ops.Sigmoid(b.linear(x, 1)))))
+    return b.add(ops.Add(*b.rng.sample((y, shared), 2)))
 
 
 def router(b: Builder, x: Value, mask: Value, count: int) -> list[Value]:

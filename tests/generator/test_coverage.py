@@ -25,6 +25,7 @@ RULES = {
     "fold-weight",
     "fold-where",
     "fuse-linear",
+    "fuse-shared-experts",
     "group-swiglu",
     "hoist-common",
     "merge-reshapes",

@@ -74,7 +74,7 @@ EXPERTS: dict[str, dict[str, Any]] = {
         "num_experts": 5,
         "post": "none",
         "moe_intermediate_size": 20,
-        "shared_intermediate_size": 28,
+        "shared_intermediate_size": 40,
         "shared_gate": "sigmoid",
         "layers": [0, 2, 3],
     },
@@ -97,7 +97,7 @@ EXPERTS: dict[str, dict[str, Any]] = {
         "score": "identity",
         "post": "sigmoid",
         "apply": "input",
-        "shared_intermediate_size": 16,
+        "shared_intermediate_size": 48,
         "layers": [1, 3],
     },
     "deepseek_v2": {

@@ -18,7 +18,7 @@ from liquidc.passes import (
     fold_constants,
     fold_router,
     fuse_linear,
-    gate_arms,
+    fuse_shared_experts,
     group_experts,
     hoist_common,
     specialize_decode,
@@ -131,6 +131,23 @@ def joins_weights_in_another_order(patch: Patch) -> None:
         return right(module, rw, used[::-1])
 
     patch.setattr(fuse_linear, "_together", wrong)
+
+
+@mutation("fuse-shared-experts")
+def takes_the_shared_up_rows_for_the_gate(patch: Patch) -> None:
+    right = fuse_shared_experts._pieces
+    patch.setattr(fuse_shared_experts, "_pieces", lambda gate, up, width: right(up, gate, width))
+
+
+@mutation("fuse-shared-experts")
+def cuts_the_shared_expert_in_another_order(patch: Patch) -> None:
+    right = fuse_shared_experts._part
+
+    def wrong(x: lazy.WeightExpr, dim: int, number: int, width: int) -> lazy.WeightExpr:
+        turned = x.sizes[dim] // width - 1 - number if dim else number
+        return right(x, dim, turned, width)
+
+    patch.setattr(fuse_shared_experts, "_part", wrong)
 
 
 @mutation("stack-experts")

@@ -7,6 +7,7 @@ from functools import cache
 import numpy as np
 import pytest
 
+from liquidc.facts import model_info
 from liquidc.ir import Function, Module, Op, ops, parse_module, print_module, verify
 from liquidc.ir.interpreter import Interpreter
 from liquidc.ir.rewriter import Statistics
@@ -19,11 +20,15 @@ from tests.oracle.reference import assert_matches, reference, tolerance
 FEW = (
     "own-layer-ffn-glm",
     "own-attn_ffn-delta-llama4",
+    "drop-layer-ffn-qwen2",
     "drop-layer-both-deepseek_v2",
     "inherit-layer-both-granite",
     "tie-drop-ge",
 )
-"""Every policy, gates of one and of two sublayers, weights on the input and the output."""
+"""Every policy, gates of one and of two sublayers, weights on the input and the output.
+
+Shared experts as wide as the others, twice as wide with a share, and of other widths.
+"""
 
 
 @cache
@@ -74,3 +79,14 @@ def test_arms_are_compact_and_experts_grouped(name: str) -> None:
         assert rule not in statistics.near_misses, statistics.near_misses[rule]
     if name.startswith("own"):
         assert not in_arms(module, ops.Append)
+
+
+@pytest.mark.parametrize(
+    ("name", "fused"),
+    [("own-attn_ffn-delta-llama4", 1), ("drop-layer-ffn-qwen2", 2), ("tie-drop-ge", 0)],
+)
+def test_shared_experts_are_experts_where_their_width_fits(name: str, fused: int) -> None:
+    module, _ = optimised(name)
+    assert {info.shared for info in model_info(module, "", "").experts} == {fused}
+    moe, count = CASES[name].moe, len(in_arms(module, ops.GroupedExperts))
+    assert count == (len(moe["layers"]) if fused else 4)

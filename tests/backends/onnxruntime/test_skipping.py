@@ -9,15 +9,17 @@ import numpy as np
 import onnx
 import pytest
 
+import liquidc
 from liquidc.backends.base import RunnerOptions
 from liquidc.backends.onnxruntime import runner as runner_module
 from liquidc.backends.onnxruntime.backend import MODEL
 from liquidc.backends.onnxruntime.runner import OrtCache, OrtRunner
 from liquidc.backends.weights_file import NAME
+from liquidc.passes.registry import DEFAULT_PIPELINE
 from liquidc.session import DepthControls
 from liquidc.trace_proof import prove
 from tests.oracle.drive import CAPACITY, controls
-from tests.oracle.engines import engine
+from tests.oracle.engines import engine, model
 from tests.oracle.grid import grid
 from tests.oracle.reference import tolerance
 
@@ -88,6 +90,24 @@ def test_the_profile_agrees_with_the_gates(name: str, tmp_path: Path) -> None:
     assert proof.holds
     assert 0 < sum(proof.gates) < len(proof.gates) * proof.tokens
     assert sorted(proof.experts_traced) == [info.layer for info in loaded.manifest.model.experts]
+
+
+def test_a_fused_shared_expert_computes_the_tokens_that_run(tmp_path: Path) -> None:
+    case = CASES["drop-layer-ffn-qwen2"]
+    prompts = [list(prompt) for prompt in case.batches()[1].prompts]
+    path = tmp_path / "engine"
+    with liquidc.compile(model(case), path, passes=DEFAULT_PIPELINE) as fused:
+        proof = prove(fused, prompts, 4)
+        infos = fused.manifest.model.experts
+        got = fused.logits(prompts[0])
+    with engine(case, tmp_path / "apart", "onnxruntime") as apart:
+        want = apart.logits(prompts[0])
+        assert {info.shared for info in apart.manifest.model.experts} == {0}
+    assert proof.holds
+    assert {(info.experts, info.shared) for info in infos} == {(5, 2)}
+    assert all(proof.experts_traced[info.layer][6] > 0 for info in infos)
+    bound = tolerance(case.config) * np.abs(want).max()
+    np.testing.assert_allclose(got, want, rtol=0, atol=bound)
 
 
 GATED = re.compile(r"layer\d+(/attn|/ffn)?/run$")
