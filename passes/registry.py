@@ -14,6 +14,7 @@ from liquidc.passes.fuse_shared_experts import FuseSharedExperts
 from liquidc.passes.group_experts import GroupExperts
 from liquidc.passes.hoist_common import HoistCommon
 from liquidc.passes.merge_experts import MergeExperts
+from liquidc.passes.order_experts import OrderExperts
 from liquidc.passes.prune_experts import PruneExperts
 from liquidc.passes.specialize_decode import SpecializeDecode
 from liquidc.passes.stack_experts import StackExperts
@@ -32,6 +33,7 @@ PASSES: dict[str, type[Pass]] = {
         GroupExperts,
         HoistCommon,
         MergeExperts,
+        OrderExperts,
         PruneExperts,
         SpecializeDecode,
         StackExperts,

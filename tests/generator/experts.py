@@ -22,9 +22,9 @@ class Routed:
 
 def mixture(b: Builder, x: Value, mask: Value, label: str) -> Routed:
     """Experts over the tokens of `mask`; the others get -1 and 0."""
-    count = b.rng.choice((2, 4))
+    count = b.rng.choice((2, 4, 8))
     index, weight = router(b, x, mask, count)
-    if b.chance(20):
+    if b.chance(10):
         table = [b.rng.randrange(count) for _ in range(count)]
         index = b.add(ops.Renumber(index, table=table))
     apply = b.rng.choice(("output", "input"))
@@ -76,7 +76,7 @@ def router(b: Builder, x: Value, mask: Value, count: int) -> list[Value]:
             logits,
             mask,
             b.weight(count) if b.chance(30) else None,
-            k=b.rng.choice((1, 2) if count // groups > 1 else (1,)),
+            k=b.rng.choice((1, 2, 2) if count // groups > 1 else (1,)),
             score=b.rng.choice(("softmax", "sigmoid")),
             post=b.rng.choice(("none", "renorm", "softmax_k", "sigmoid")),
             renorm_eps=0.01,

@@ -113,7 +113,7 @@ def _output(made: Value | Routed) -> Value:
 def _feed_forward(b: Builder, x: Value, mask: Value, label: str) -> Value | Routed:
     """Experts, or maths token by token, of the normed state."""
     u = b.norm(x)
-    if b.chance(50):
+    if b.chance(75):
         return mixture(b, u, mask, label)
     return expression(b, u, b.rng.randrange(1, 5))
 

@@ -29,6 +29,7 @@ RULES = {
     "group-swiglu",
     "hoist-common",
     "merge-reshapes",
+    "order-experts",
     "outer-result",
     "skip-identity",
     "specialize-decode",

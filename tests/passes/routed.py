@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 
@@ -61,14 +61,21 @@ func @f(%x: f32[B, T, 8], %m: bool[B, T]) -> (y: f32[B, T, 8], experts: i64[B, T
 
 
 def profiled(
-    load: Sequence[int], scores: Sequence[float] | None = None, layers: int = 1
+    load: Sequence[int],
+    scores: Sequence[float] | None = None,
+    layers: int = 1,
+    pairs: Mapping[tuple[int, int], int] | None = None,
 ) -> PassContext:
-    """What a profile says whose experts have this load and REAP score, two for a token."""
+    """What a profile says whose experts have this load and REAP score, two for a token.
+
+    `pairs` says which two tokens use together.
+    """
     count = len(load)
     saliency = None
     if scores is not None:
         saliency = tuple(round(n * s * UNIT) for n, s in zip(load, scores, strict=True))
-    together = ((0,) * count,) * count
+    both = {**(pairs or {}), **{(j, i): n for (i, j), n in (pairs or {}).items()}}
+    together = tuple(tuple(both.get((i, j), 0) for j in range(count)) for i in range(count))
     tokens = sum(load) // 2
     experts = tuple(
         ExpertProfile(number, 2, tokens, tuple(load), together, None, saliency)

@@ -21,6 +21,8 @@ from liquidc.passes import (
     fuse_shared_experts,
     group_experts,
     hoist_common,
+    order_experts,
+    routed_experts,
     specialize_decode,
     stack_experts,
     token_rows,
@@ -190,6 +192,26 @@ def takes_up_for_gate(patch: Patch) -> None:
 def hoists_what_depends_on_the_arm(patch: Patch) -> None:
     right = hoist_common.signature
     patch.setattr(hoist_common, "signature", lambda op: right(op, []))
+
+
+@mutation("order-experts")
+def reports_experts_by_other_numbers(patch: Patch) -> None:
+    right = order_experts.take_experts
+
+    def wrong(module: Module, found: Any, entries: tuple[int, ...], suffix: str) -> None:
+        right(module, found, entries[::-1], suffix)
+
+    patch.setattr(order_experts, "take_experts", wrong)
+
+
+@mutation("order-experts")
+def leaves_the_rows_of_the_router(patch: Patch) -> None:
+    right = routed_experts._taken
+
+    def wrong(module: Module, user: Op, value: Value, *rest: Any) -> Value:
+        return value if isinstance(user, ops.Linear) else right(module, user, value, *rest)
+
+    patch.setattr(routed_experts, "_taken", wrong)
 
 
 @mutation("specialize-decode{batch=1}")
