@@ -8,6 +8,7 @@ from typing import cast
 
 from liquidc.errors import InternalError
 from liquidc.ir import Block, Function, Module, Op, Value, ops
+from liquidc.ir.experts import places_of_experts
 from liquidc.ir.types import TensorType
 from liquidc.ir.weights import sizes
 from liquidc.manifest import (
@@ -124,12 +125,13 @@ def _experts(main: Function) -> tuple[ExpertInfo, ...]:
         for op in main.body.walk()
         if isinstance(op, ops.MapExperts | ops.GroupedExperts) and (route := _behind(op.index))
     }
-    infos: list[ExpertInfo] = []
+    stored, infos = places_of_experts(main), list[ExpertInfo]()
     for layer, row in enumerate(rows):
         route = _behind(row)
         if route is not None:
             count = cast(int, route.logits.shape[-1])
-            infos.append(ExpertInfo(layer, count, route.k, shared=shared.get(route, 0)))
+            places = stored.get(layer, ())
+            infos.append(ExpertInfo(layer, count, route.k, shared.get(route, 0), places))
     return tuple(infos)
 
 

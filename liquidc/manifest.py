@@ -68,13 +68,15 @@ class ExpertInfo:
     """The sparse experts of one layer.
 
     `shared` further experts, numbered after the others, are used by every token: a shared expert
-    that was fused with them.
+    that was fused with them. `places` says, by the number that results give an expert, which of the
+    engine's experts computes it; it is empty where that is the same number.
     """
 
     layer: int
     experts: int
     per_token: int
     shared: int = 0
+    places: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

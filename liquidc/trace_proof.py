@@ -86,7 +86,8 @@ def prove(
             gates[gate] += 0 if fixed[gate] else int(ran)
         for info in engine.manifest.model.experts:
             chosen, counter = result.experts[info.layer], experts[info.layer]
-            counter.update(int(e) for e in chosen.ravel() if e >= 0)
+            used = (int(e) for e in chosen.ravel() if e >= 0)
+            counter.update(info.places[e] if info.places else e for e in used)
             ran = int((chosen >= 0).any(-1).sum())
             counter.update({info.experts + slot: ran for slot in range(info.shared)})
 

@@ -54,6 +54,8 @@ class KnownMask:
                 return a if is_zero(b) else b if is_zero(a) else None
             case ops.Route() if self.truth(op.mask) is False:
                 return -1 if value is op.index else 0.0
+            case ops.Renumber() if self.simple(op.index) == -1:
+                return -1
             case ops.GroupedExperts() | ops.MapExperts() if self.simple(op.index) == -1:
                 return 0.0
             case ops.Reshape() | ops.Broadcast() | ops.Cast():

@@ -1,4 +1,4 @@
-"""Which layer the routers and experts of a function belong to, read off its result `experts`."""
+"""Routers and experts of a function by layer, read off its result `experts`."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 from liquidc.ir import ops
 from liquidc.ir.core import Function, Op, Value
+from liquidc.ir.weights import sizes
 
 
 def routers_by_layer(function: Function) -> dict[int, list[ops.Route]]:
@@ -15,12 +16,7 @@ def routers_by_layer(function: Function) -> dict[int, list[ops.Route]]:
     A layer has several where its code stands in several arms. A state of the layer below is
     reached only through a router of this layer, so the search ends at the first on each way.
     """
-    returned = dict(zip(function.result_names, function.returned, strict=True))
-    if "experts" not in returned:
-        return {}
-    concat = returned["experts"].op
-    rows = concat.operands if isinstance(concat, ops.Concat) else [returned["experts"]]
-    found = {layer: _behind([row]) for layer, row in enumerate(rows)}
+    found = {layer: list(_behind(row)) for layer, row in enumerate(_rows(function))}
     return {layer: routers for layer, routers in found.items() if routers}
 
 
@@ -31,28 +27,66 @@ def layers_of_experts(function: Function) -> dict[Op, int]:
     }
     for op in function.body.walk():
         if isinstance(op, ops.GroupedExperts | ops.MapExperts):
-            layer = next((layers[r] for r in _behind([op.index]) if r in layers), None)
+            layer = next((layers[r] for r in _behind(op.index) if r in layers), None)
             if layer is not None:
                 layers[op] = layer
     return layers
 
 
-def _behind(values: Sequence[Value]) -> list[ops.Route]:
-    """The routers whose choice values are, through conditionals and what moves integers."""
-    pending, seen = deque(values), set[Value]()
-    found: list[ops.Route] = []
+def places_of_experts(function: Function) -> dict[int, tuple[int, ...]]:
+    """Where the weights of each expert are, by the number that results give it.
+
+    Layers in which every expert is where its number says are left out.
+    """
+    layers, rows = layers_of_experts(function), _rows(function)
+    found: dict[int, tuple[int, ...]] = {}
+    for op, layer in layers.items():
+        if isinstance(op, ops.GroupedExperts | ops.MapExperts):
+            reported = _behind(rows[layer])
+            for route, stored in _behind(op.index).items():
+                places = dict(zip(reported.get(route, ()), stored, strict=False))
+                if any(number != place for number, place in places.items()):
+                    found[layer] = tuple(places.get(n, n) for n in range(len(stored)))
+    return found
+
+
+def _rows(function: Function) -> list[Value]:
+    """The result `experts` by layer."""
+    returned = dict(zip(function.result_names, function.returned, strict=True))
+    if "experts" not in returned:
+        return []
+    concat = returned["experts"].op
+    return concat.operands if isinstance(concat, ops.Concat) else [returned["experts"]]
+
+
+def _behind(value: Value) -> dict[ops.Route, tuple[int, ...]]:
+    """The routers whose choice a value is, through conditionals and what moves integers.
+
+    By router, what its numbers have become on the way.
+    """
+    pending: deque[tuple[Value, tuple[ops.Renumber, ...]]] = deque([(value, ())])
+    seen, found = set[Value](), dict[ops.Route, tuple[int, ...]]()
     while pending:
-        value = pending.popleft()
+        value, changes = pending.popleft()
         op = value.op
         if op is None or value in seen:
             continue
         seen.add(value)
         if isinstance(op, ops.Route):
-            if op not in found:
-                found.append(op)
+            numbers = range(sizes(op.logits.shape[-1:])[0])
+            found.setdefault(op, tuple(_changed(number, changes) for number in numbers))
         elif isinstance(op, ops.If):
             at = op.results.index(value)
-            pending += [arm.terminator.operands[at] for arm in op.regions.values()]
+            pending += [(arm.terminator.operands[at], changes) for arm in op.regions.values()]
+        elif isinstance(op, ops.Renumber):
+            pending.append((op.index, (op, *changes)))
         else:
-            pending += [operand for operand in op.operands if operand.dtype == value.dtype]
+            same = [operand for operand in op.operands if operand.dtype == value.dtype]
+            pending += [(operand, changes) for operand in same]
     return found
+
+
+def _changed(number: int, changes: Sequence[ops.Renumber]) -> int:
+    for op in changes:
+        number = op.table[number]
+    return number

@@ -1,0 +1,63 @@
+"""The proof that skipping is real where experts are computed under other numbers."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+import liquidc
+from liquidc.observers import ModelObserver
+from liquidc.passes.registry import DEFAULT_PIPELINE
+from liquidc.pipeline import open_model
+from liquidc.profiling import profile_corpus
+from liquidc.trace_proof import prove
+
+AT = DEFAULT_PIPELINE.index("group-experts") + 1
+TEXT = "What a profile counts: tokens, gates, experts; 17 of them, or 42. " * 9
+
+
+@pytest.fixture(scope="module")
+def profile(model_directory: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("profile")
+    (directory / "corpus.txt").write_text(TEXT)
+    observer = ModelObserver(open_model(model_directory), model_directory / "tokenizer.json")
+    profile_corpus(observer, directory / "corpus.txt", directory / "profile.json")
+    return directory / "profile.json"
+
+
+@pytest.mark.parametrize("target", ["null", "onnxruntime"])
+@pytest.mark.parametrize("step", ["order-experts", "merge-experts{ratio=0.5}"])
+def test_experts_are_counted_where_they_are_computed(
+    step: str, target: str, model_directory: Path, profile: Path, tmp_path: Path
+) -> None:
+    passes = (*DEFAULT_PIPELINE[:AT], step, *DEFAULT_PIPELINE[AT:])
+    with liquidc.compile(
+        model_directory, tmp_path / "engine", target=target, passes=passes, profile=profile
+    ) as engine:
+        proof = prove(engine, [engine.encode(TEXT[:50]), engine.encode(TEXT[20:60])], 4)
+        placed = {info.layer: info.places for info in engine.manifest.model.experts if info.places}
+    assert proof.holds
+    assert placed
+    for layer, places in placed.items():
+        kept = [0, 1, 2, 3] if step == "order-experts" else [0, 1]
+        assert len(places) == 4
+        assert sorted(set(places)) == kept
+        more = {expert: count + 1 for expert, count in proof.experts[layer].items()}
+        assert not replace(proof, experts={**proof.experts, layer: more}).holds
+
+
+def test_the_choice_of_experts_is_reported_as_without_the_pass(
+    model_directory: Path, profile: Path, tmp_path: Path
+) -> None:
+    results = []
+    for step in ((), ("order-experts",)):
+        passes = (*DEFAULT_PIPELINE[:AT], *step, *DEFAULT_PIPELINE[AT:])
+        path = tmp_path / "-".join(("engine", *step))
+        with liquidc.compile(model_directory, path, passes=passes, profile=profile) as engine:
+            results.append(engine.evaluate(engine.encode(TEXT[:100])))
+    before, after = results
+    assert (before.experts == after.experts).all()
+    assert (before.gates == after.gates).all()
+    assert abs(before.logits - after.logits).max() < 1e-4
