@@ -142,14 +142,13 @@ def takes_the_shared_up_rows_for_the_gate(patch: Patch) -> None:
 
 
 @mutation("fuse-shared-experts")
-def cuts_the_shared_expert_in_another_order(patch: Patch) -> None:
-    right = fuse_shared_experts._part
+def takes_another_expert_for_the_shared_one(patch: Patch) -> None:
+    right = fuse_shared_experts._with_numbers
 
-    def wrong(x: lazy.WeightExpr, dim: int, number: int, width: int) -> lazy.WeightExpr:
-        turned = x.sizes[dim] // width - 1 - number if dim else number
-        return right(x, dim, turned, width)
+    def wrong(index: Value, first: int, more: int, rw: Rewriter) -> Value:
+        return right(index, first - 1, more, rw)
 
-    patch.setattr(fuse_shared_experts, "_part", wrong)
+    patch.setattr(fuse_shared_experts, "_with_numbers", wrong)
 
 
 @mutation("stack-experts")
