@@ -70,6 +70,7 @@ class OrderExperts(Pass):
             return {
                 "layer": profile.layer,
                 "order": list(entries),
+                "group_size": len(parts[0]),
                 "cut": {"before": cut_weight(graph, old), "after": cut_weight(graph, parts)},
                 "groups_per_token": {
                     "before": groups_per_token(profile, old),

@@ -36,7 +36,7 @@ def time_section(data: Data) -> str:
         tag("span", cls="head second"),
     ]
     for row in rows:
-        cells.append(tag("span", escape(row["name"])))
+        cells.append(tag("span", escape(row["name"]), cls="name"))
         for key, second in (("bytes", ""), ("flops", " second")):
             parts = _segments(row, key, known)
             spent = sum(length for kind, length in parts if kind != "none")
@@ -94,7 +94,11 @@ def by_depth_section(data: Data) -> str:
     if costs["guarded"]:
         rows.append(("expected, the most frequent path tried first", "", costs["guarded"]))
     rows += [
-        (f"{entry['quantile']:.0%} of tokens run no more layers than", str(entry["depth"]), entry)
+        (
+            f"{entry['quantile'] * 100:g} % of tokens run no more layers than",
+            str(entry["depth"]),
+            entry,
+        )
         for entry in costs["quantiles"] or ()
     ]
     cells = [

@@ -162,7 +162,9 @@ def _experts(profile: Profile, passes: Sequence[PassInfo]) -> list[dict[str, Any
         ordered = said.get("order-experts", {}).get(experts.layer, {})
         if "order" in ordered:
             told["together_ordered"] = _together(experts, ordered["order"])
-            told |= {key: ordered[key] for key in ("order", "cut", "groups_per_token")}
+            told |= {
+                key: ordered[key] for key in ("order", "group_size", "cut", "groups_per_token")
+            }
         removed = said.get("prune-experts", {}).get(experts.layer, {}).get("removed", [])
         told["removed"] = [entry["expert"] for entry in removed]
         found.append(told)

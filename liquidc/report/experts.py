@@ -18,13 +18,14 @@ def experts_section(data: Data) -> str:
     cards = [_card(index, layer) for index, layer in enumerate(data["experts"])]
     ordered = any("order" in layer for layer in data["experts"])
     note = (
-        "Upright bars: tokens by expert, in the model's order. Squares: the darker, the more "
+        "Upright bars: tokens by expert, in the model's order. Squares: the stronger, the more "
         "tokens used both experts"
-        + (
-            "; on the right in the order that order-experts chose, so that pairs lie in one group."
-            if ordered
-            else ". The pass order-experts would lay those that belong together side by side."
-        )
+    )
+    note += (
+        "; on the right in the order that order-experts chose, so that pairs lie in one group, "
+        "which is framed."
+        if ordered
+        else ". The pass order-experts lays those that are used together side by side."
     )
     return tag("p", note) + tag("div", "\n".join(cards), cls="cards")
 
@@ -45,19 +46,20 @@ def _card(index: int, layer: Data) -> str:
         told.append("removed: " + ", ".join(map(str, layer["removed"])))
     titles = [f"expert {number}: {count:,} tokens" for number, count in enumerate(load)]
     parts = [title, tag("p", escape("; ".join(told)), cls="dim"), columns(load, titles)]
-    name = f"pairs of experts in layer {layer['layer']}"
-    maps = [_map(layer["together"], name, "together", index, "as in the model")]
+    maps = [_map(layer, "together", index, "as in the model")]
     if "order" in layer:
         groups = layer["groups_per_token"]
         caption = (
             f"ordered: a token's experts lie in {groups['after']:.2f} groups, before "
             f"{groups['before']:.2f}"
         )
-        maps.append(_map(layer["together_ordered"], name, "together_ordered", index, caption))
+        maps.append(_map(layer, "together_ordered", index, caption))
     parts.append(tag("div", "".join(maps), cls="pair"))
     return tag("div", "".join(parts), cls="card")
 
 
-def _map(rows: list[list[int]], name: str, key: str, index: int, caption: str) -> str:
-    drawn = heat_map(rows, name, data_key=key, data_index=index)
+def _map(layer: Data, key: str, index: int, caption: str) -> str:
+    name = f"pairs of experts in layer {layer['layer']}, {caption}"
+    block = layer.get("group_size", 0) / layer["per_cell"]
+    drawn = heat_map(layer[key], name, block, data_key=key, data_index=index)
     return tag("figure", drawn + tag("figcaption", escape(caption)))

@@ -62,7 +62,7 @@ def gates_section(data: Data) -> str:
     """A line for each gate."""
     if not data["gates"]:
         return tag("p", "The model has no depth gates: every token runs every layer.", cls="dim")
-    profile = data["profile"]
+    profile, skips = data["profile"], any(gate["weights_skip"] for gate in data["gates"])
     rows: list[list[str]] = []
     for gate in data["gates"]:
         sign = ">" if gate["compare"] == "gt" else "≥"
@@ -83,12 +83,13 @@ def gates_section(data: Data) -> str:
                 percent(sum(gate["margins"][:3]) / profile["tokens"]),
                 f"{gate['entropy_bits']:.3f}",
             ]
-        rows.append([*row, size(gate["weights_run"]), size(gate["weights_skip"])])
+        row.append(size(gate["weights_run"]))
+        rows.append([*row, size(gate["weights_skip"])] if skips else row)
     names = ["gate", "layer", "runs if"]
     if profile:
-        names += ["tokens that run it", "", "mean |p − τ|", "|p − τ|, from 0 to 0.5"]
+        names += ["tokens that run it", "", "mean |p − τ|", "|p − τ|, 0 to 0.5"]
         names += ["under 0.01", "entropy, bits"]
-    names += ["weights read if run", "if skipped"]
+    names += ["weights if run", "if skipped"] if skips else ["weights if run"]
     note = (
         tag(
             "p",
@@ -146,10 +147,9 @@ def paths_section(data: Data) -> str:
     told += " tokens." if known else " tokens; only the beginnings of the paths are known."
     if not data["gates"]:
         return drawn
-    most_frequent = (
-        tag("h3", "The most frequent paths") + tag("p", told) + table(names, rows, left=2)
-    )
-    return drawn + most_frequent + _transitions(profile)
+    frequent = tag("h3", "The most frequent paths") + tag("p", told) + table(names, rows, left=2)
+    sides = tag("div", frequent) + tag("div", _transitions(profile))
+    return drawn + tag("div", sides, cls="side")
 
 
 def _transitions(profile: Data) -> str:

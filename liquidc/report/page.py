@@ -76,11 +76,13 @@ def _head(data: Data) -> str:
     if model["experts"]:
         kinds.append(f"{model['experts']} experts")
     title = tag("h1", escape(" · ".join([model["type"], *kinds])))
-    target = ", ".join(f"{key} {value}" for key, value in data["target"].items())
+    target = ", ".join(
+        value if key == "name" else f"{key} {value}" for key, value in data["target"].items()
+    )
     measured = f"; profile of {profile['tokens']:,} tokens" if profile else "; no profile"
     compiled = escape(f"Compiled for {target}{measured}; model {model['sha256'][:12]}…")
     expected, full = costs["guarded"] or costs["expected"], costs["full"]
-    paid, what = expected or costs["worst"], "Expected" if expected else "Most that a token costs"
+    paid, what = expected or costs["worst"], "Expected" if expected else "Most that a token reads"
     depth = profile["depth"]["mean"] if profile else None
     tiles = [
         (
@@ -116,7 +118,7 @@ SECTIONS: tuple[tuple[str, str, str, Callable[[Data], str]], ...] = (
     (
         "depth",
         "Depth of each token",
-        "A passage of the profiled text; the darker a token, the more layers it ran.",
+        "A passage of the profiled text; the stronger a token's colour, the more layers it ran.",
         depth_section,
     ),
     (

@@ -71,7 +71,9 @@ def percent(share: float) -> str:
     value = 100 * share
     if 0 < value < 0.01:
         return "< 0.01 %"
-    return f"{value:.{1 if value >= 1 or value == 0 else 2}f} %".replace("100.0", "100")
+    if value in (0, 100):
+        return f"{value:.0f} %"
+    return f"{value:.{1 if value >= 1 else 2}f} %"
 
 
 def table(columns: Sequence[str], rows: Iterable[Sequence[str]], *, left: int = 1) -> str:
@@ -117,8 +119,13 @@ def shade(value: float, least: float, most: float) -> str:
     return f"h{round((SHADES - 1) * (value - least) / (most - least))}"
 
 
-def heat_map(rows: Sequence[Sequence[float]], label: str, **attributes: object) -> str:
-    """A matrix as squares, one path for each shade; the largest entry has the darkest."""
+def heat_map(
+    rows: Sequence[Sequence[float]], label: str, block: float = 0, **attributes: object
+) -> str:
+    """A matrix as squares, one path for each shade; the largest entry has the strongest.
+
+    Square blocks of `block` cells on the diagonal get a frame.
+    """
     most = max((max(row, default=0) for row in rows), default=0)
     cells: dict[str, list[str]] = {}
     for y, row in enumerate(rows):
@@ -126,6 +133,12 @@ def heat_map(rows: Sequence[Sequence[float]], label: str, **attributes: object) 
             kind = shade(value, 0, most) if most else "h0"
             cells.setdefault(kind, []).append(f"M{x} {y}h.94v.94h-.94z")
     paths = [f'<path class="{kind}" d="{"".join(cells[kind])}"/>' for kind in sorted(cells)]
+    if block:
+        frame = "".join(
+            f"M{at * block:g} {at * block:g}h{block:g}v{block:g}h-{block:g}z"
+            for at in range(round(len(rows) / block))
+        )
+        paths.append(f'<path class="outline" d="{frame}"/>')
     box = f"0 0 {len(rows[0])} {len(rows)}" if rows else "0 0 1 1"
     return tag(
         "svg", "".join(paths), cls="matrix", viewBox=box, role="img", aria_label=label, **attributes

@@ -28,11 +28,10 @@ def passes_section(data: Data) -> str:
 def _pass(entry: Data) -> str:
     ops, weights, fired = entry["ops"], entry["weights"], entry["fired"]
     changed = fired or entry["kinds"] or weights[0] != weights[1]
-    times = sum(fired.values())
+    moved = f"weights {size(weights[0])} → {size(weights[1])}" if weights[0] != weights[1] else ""
     told = [
         f"{ops[0]:,} → {ops[1]:,} ops" if changed else "no change",
-        f"{size(weights[0])} → {size(weights[1])}" if weights[0] != weights[1] else "",
-        ", ".join(f"{rule} {count:,}×" for rule, count in fired.items()) if times else "",
+        "; ".join(filter(None, (moved, ", ".join(f"{rule} {n:,}×" for rule, n in fired.items())))),
     ]
     line = tag("b", escape(entry["name"])) + "".join(tag("span", escape(text)) for text in told)
     inside: list[str] = []

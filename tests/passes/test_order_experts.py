@@ -81,6 +81,7 @@ def test_what_is_said() -> None:
     assert said == {
         "layer": 0,
         "order": [0, 2, 1, 3],
+        "group_size": 2,
         "cut": {"before": 46, "after": 4},
         "groups_per_token": {"before": pytest.approx(1.92), "after": pytest.approx(1.08)},
     }
