@@ -31,6 +31,12 @@ class PassRecord:
     refused: dict[str, str]
 
 
+def weights_in_use(module: Module) -> int:
+    """Bytes of the weights that something reads."""
+    used = {op.weight for op in module.walk() if isinstance(op, ops.Weight) and op.y.uses}
+    return total_bytes(module.weights[name].type for name in used)
+
+
 class PassLog:
     """Records passes as they run.
 
@@ -49,8 +55,7 @@ class PassLog:
 
     def _look(self, module: Module) -> None:
         self._kinds = Counter(op.op_name for op in module.walk())
-        used = {op.weight for op in module.walk() if isinstance(op, ops.Weight) and op.y.uses}
-        self._weights = total_bytes(module.weights[name].type for name in used)
+        self._weights = weights_in_use(module)
         self._fired = Counter(self._statistics.fired)
         self._misses = dict(self._statistics.near_misses)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -26,20 +26,23 @@ def command(engine: Path, no_hash: bool, as_json: bool) -> None:
     """Show what the engine in the directory ENGINE consists of; its files are checked."""
     from liquidc.engine import check_files, read_manifest
     from liquidc.records import to_json
+    from liquidc.report import read_report
 
     manifest = read_manifest(engine)
     if not no_hash:
         check_files(engine, manifest)
+    report = read_report(engine)
     if as_json:
         content = to_json(manifest)
         content["engine_schema"] = content.pop("schema")
         content["built_by"] = content.pop("liquidc")
-        emit_json({"engine": str(engine), "sha256": manifest.sha256, **content})
+        shown = {"engine": str(engine), "sha256": manifest.sha256, **content, "report": report}
+        emit_json(shown)
         return
-    _show(engine, manifest)
+    _show(engine, manifest, report)
 
 
-def _show(engine: Path, manifest: Manifest) -> None:
+def _show(engine: Path, manifest: Manifest, report: dict[str, Any] | None) -> None:
     model = manifest.model
     size = sum(info.bytes for info in manifest.files.values())
     gated = len({gate.layer for gate in model.gates})
@@ -66,6 +69,8 @@ def _show(engine: Path, manifest: Manifest) -> None:
     ]
     table("", ["", ""], facts, right=9)
     _show_layers(manifest)
+    if report is not None and report["profile"]:
+        _show_profile(report)
     for name, entry in manifest.functions.items():
         rows = [
             [kind, spec.name, f"{spec.dtype}[{', '.join(map(str, spec.shape))}]"]
@@ -97,6 +102,25 @@ def _show_layers(manifest: Manifest) -> None:
         )
     columns = ["layer", "gate", "experts", "weights read if run", "if skipped"]
     table(f"layers ({bytes_text(cost.always)} are read for every token)", columns, rows, right=3)
+
+
+def _show_profile(report: dict[str, Any]) -> None:
+    """Run rate and expected cost by layer, where there was a profile."""
+    rows = [
+        [
+            str(layer["layer"]),
+            "unknown" if layer["run_rate"] is None else f"{layer['run_rate']:.1%}",
+            bytes_text(layer["expected"]["bytes"]),
+            bytes_text(layer["always"]["bytes"] + layer["run"]["bytes"]),
+        ]
+        for layer in report["layers"]
+    ]
+    costs, context = report["costs"], report["context"]
+    title = (
+        f"expected: {bytes_text(costs['expected']['bytes'])} read per token of "
+        f"{bytes_text(costs['full']['bytes'])} with every layer on ({context} tokens in the cache)"
+    )
+    table(title, ["layer", "tokens that run it", "bytes read", "if run"], rows)
 
 
 def _rule(gate: GateInfo) -> str:

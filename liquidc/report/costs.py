@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 from liquidc.report.parts import (
-    NO_PROFILE,
     bar,
     escape,
+    no_profile,
     percent,
     scaled,
     size,
@@ -71,7 +71,9 @@ def _totals(data: Data) -> str:
         f"{size(paid['weights'])} are weights and {size(paid['cache'])} keys and values, with "
         f"{data['context']:,} tokens in the cache. FLOPs are those of matrix products."
     )
-    return tag("p", escape(text), cls="dim") + ("" if costs["expected"] else NO_PROFILE)
+    return tag("p", escape(text), cls="dim") + (
+        "" if costs["expected"] else no_profile("How often layers run is not known")
+    )
 
 
 def _legend(entries: list[tuple[str, str]]) -> str:
@@ -116,5 +118,5 @@ def by_depth_section(data: Data) -> str:
     ]
     names = ["", "layers run", "bytes read", "of the model", "weights", "keys and values"]
     names += ["FLOPs", "of the model"]
-    missing = "" if costs["expected"] else NO_PROFILE
+    missing = "" if costs["expected"] else no_profile("What to expect is not known")
     return table(names, cells) + missing

@@ -11,11 +11,10 @@ from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any
 
-from liquidc import facts
 from liquidc.errors import InputError
 from liquidc.ir import Module
 from liquidc.manifest import Manifest, PassInfo
-from liquidc.passlog import PassRecord
+from liquidc.passlog import PassRecord, weights_in_use
 from liquidc.profile import MARGINS, UNIT, ExpertProfile, Profile
 from liquidc.records import to_json
 from liquidc.report.prices import Prices
@@ -52,7 +51,7 @@ def report_data(
         )
     prices = Prices(manifest, module, profile)
     passes = manifest.passes[len(manifest.passes) - len(records) :]
-    return {
+    data: dict[str, Any] = {
         "schema": 1,
         "liquidc": manifest.liquidc,
         "target": manifest.target,
@@ -65,7 +64,7 @@ def report_data(
             "vocabulary": model.vocabulary,
             "context": model.context,
         },
-        "weights_bytes": facts.total_bytes(expr.type for expr in module.weights.values()),
+        "weights_bytes": weights_in_use(module),
         "context": prices.context,
         "costs": prices.costs(original),
         "layers": prices.layers(),
@@ -77,6 +76,7 @@ def report_data(
         "guard": manifest.artifact.get("guard"),
         "sample": None if profile is None else _sample(profile, prices),
     }
+    return to_json(data)
 
 
 def _gate(manifest: Manifest, profile: Profile | None, index: int) -> dict[str, Any]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from liquidc.report.parts import NO_PROFILE, columns, escape, heat_map, number, tag
+from liquidc.report.parts import columns, escape, heat_map, no_profile, number, tag
 
 Data = dict[str, Any]
 
@@ -14,7 +14,7 @@ def experts_section(data: Data) -> str:
     if not data["model"]["experts"]:
         return tag("p", "The model has no experts: its feed-forward layers are dense.", cls="dim")
     if not data["profile"]:
-        return NO_PROFILE
+        return no_profile("Which experts tokens use is not known")
     cards = [_card(index, layer) for index, layer in enumerate(data["experts"])]
     ordered = any("order" in layer for layer in data["experts"])
     note = (

@@ -5,10 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 from liquidc.report.parts import (
-    NO_PROFILE,
+    SHADES,
     bar,
     columns,
     escape,
+    no_profile,
     percent,
     shade,
     size,
@@ -25,12 +26,11 @@ def depth_section(data: Data) -> str:
     """The sample text, coloured by depth, and the layers that each of its tokens ran."""
     sample = data["sample"]
     if sample is None:
-        return NO_PROFILE
+        return no_profile("How deep tokens go is not known")
     layers, gated = data["model"]["layers"], {gate["layer"] for gate in data["gates"]}
     least = layers - len(gated)
-    scale = "".join(
-        tag("b", str(depth), cls=shade(depth, least, layers)) for depth in range(least, layers + 1)
-    )
+    steps = range(least, layers + 1, -(-(layers + 1 - least) // SHADES))
+    scale = "".join(tag("b", str(depth), cls=shade(depth, least, layers)) for depth in steps)
     legend = tag("span", "layers run") + tag("span", scale, cls="scale")
     spans = [
         tag("span", _shown(piece), cls=shade(depth, least, layers), data_t=index)
@@ -99,7 +99,7 @@ def gates_section(data: Data) -> str:
             cls="dim",
         )
         if profile
-        else NO_PROFILE
+        else no_profile("How often gates fire is not known")
     )
     return table(names, rows, left=4) + note
 
@@ -118,7 +118,7 @@ def paths_section(data: Data) -> str:
     """How deep tokens go, on which paths, and from gate to gate."""
     profile = data["profile"]
     if not profile:
-        return NO_PROFILE
+        return no_profile("Which paths tokens take is not known")
     histogram, paths = profile["depth"]["histogram"], profile["paths"]
     drawn = ""
     if histogram:

@@ -19,7 +19,7 @@ from liquidc.errors import EngineError
 from liquidc.report.costs import by_depth_section, time_section
 from liquidc.report.experts import experts_section
 from liquidc.report.gates import depth_section, gates_section, paths_section
-from liquidc.report.parts import data_script, escape, percent, size, tag
+from liquidc.report.parts import DATA, data_script, escape, percent, size, tag
 from liquidc.report.passes import fidelity_section, guard_section, passes_section
 
 REPORT = "report.html"
@@ -57,16 +57,16 @@ def read_report(engine: Path) -> Data | None:
     """The data of an engine's report; None in an engine without one.
 
     Raises:
-        EngineError: the report has no data.
+        EngineError: the report is damaged.
     """
     path = engine / REPORT
     if not path.exists():
         return None
-    text = path.read_text("utf-8")
-    match = re.search(r'<script type="application/json" id="data">(.*?)</script>', text, re.DOTALL)
-    if match is None:
-        raise EngineError(f"{path}: not a report of liquidc; compile the engine again")
-    return json.loads(match[1])
+    try:
+        found = re.search(DATA + "(.*?)</script>", path.read_text("utf-8"), re.DOTALL)
+        return json.loads(found[1] if found else "")
+    except ValueError:
+        raise EngineError(f"{path}: not a report of liquidc; compile the engine again") from None
 
 
 def _head(data: Data) -> str:
@@ -81,29 +81,28 @@ def _head(data: Data) -> str:
     )
     measured = f"; profile of {profile['tokens']:,} tokens" if profile else "; no profile"
     compiled = escape(f"Compiled for {target}{measured}; model {model['sha256'][:12]}…")
-    expected, full = costs["guarded"] or costs["expected"], costs["full"]
-    paid, what = expected or costs["worst"], "Expected" if expected else "Most that a token reads"
-    depth = profile["depth"]["mean"] if profile else None
-    tiles = [
-        (
-            percent(paid["bytes"] / full["bytes"]) if full["bytes"] else "–",
-            f"{what}: {size(paid['bytes'])} read per token, of {size(full['bytes'])} with every "
-            "layer of the model on",
-        ),
-        (
-            "–" if depth is None else f"{depth:.2f} of {model['layers']}",
-            "layers run per token, on average" if depth is not None else "mean depth: no profile",
-        ),
-        (size(data["weights_bytes"]), "of weights in the engine"),
+    expected, full = costs["guarded"] or costs["expected"], costs["full"]["bytes"]
+    if expected is None:
+        most = size(costs["worst"]["bytes"])
+        tiles = [(most, "read per token at most; what to expect takes a profile")]
+    else:
+        told = f"expected cost: a token reads {size(expected['bytes'])}, not the {size(full)} of "
+        told += "the model with every layer on"
+        tiles = [(percent(expected["bytes"] / full) if full else "–", told)]
+    mean = profile["depth"]["mean"] if profile else None
+    if mean is not None:
+        tiles.append((f"{mean:.2f} of {model['layers']}", "layers run per token, on average"))
+    tiles.append((size(data["weights_bytes"]), "of weights in the engine"))
+    shown = [
+        tag("div", tag("b", escape(figure)) + tag("span", escape(what)), cls="tile")
+        for figure, what in tiles
     ]
-    shown = "".join(tag("div", tag("b", escape(a)) + tag("span", escape(b)), cls="tile")
-                    for a, b in tiles)  # fmt: skip
     links = [tag("a", name, href=f"#{anchor}") for anchor, name, _, _ in SECTIONS]
     return tag(
         "header",
         title
         + tag("p", compiled, cls="dim")
-        + tag("div", shown, cls="tiles")
+        + tag("div", "".join(shown), cls="tiles")
         + tag("nav", "".join(links)),
     )
 

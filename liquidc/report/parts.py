@@ -9,6 +9,8 @@ from typing import Any, cast
 
 SHADES = 9
 """Classes h0 to h8, from nothing to most."""
+DATA = '<script type="application/json" id="data">'
+"""Where the page's data begin."""
 _VISIBLE = {code: 0x2400 + code for code in range(32)} | {0x7F: 0x2421}
 _VISIBLE[ord("\t")] = ord("⇥")
 
@@ -30,12 +32,14 @@ def tag(name: str, content: str = "", **attributes: object) -> str:
     return f"<{name}{''.join(pairs)}>{content}</{name}>"
 
 
-NO_PROFILE = tag(
-    "p",
-    "Not known without a profile: measure one with <code>liquidc profile MODEL --data TEXT -o "
-    "profile.json</code> and compile with <code>--profile profile.json</code>.",
-    cls="dim",
-)
+def no_profile(what: str) -> str:
+    """What is not known, and how to make a profile."""
+    return tag(
+        "p",
+        escape(what) + " without a profile: measure one with <code>liquidc profile MODEL --data "
+        "TEXT -o profile.json</code> and compile with <code>--profile profile.json</code>.",
+        cls="dim",
+    )
 
 
 def data_script(data: Mapping[str, Any]) -> str:
@@ -43,7 +47,7 @@ def data_script(data: Mapping[str, Any]) -> str:
     text = json.dumps(data, sort_keys=True, separators=(",", ":"), allow_nan=False)
     for character in "<>&":
         text = text.replace(character, f"\\u{ord(character):04x}")
-    return f'<script type="application/json" id="data">{text}</script>'
+    return f"{DATA}{text}</script>"
 
 
 def number(value: float, digits: int = 3) -> str:
@@ -71,9 +75,8 @@ def percent(share: float) -> str:
     value = 100 * share
     if 0 < value < 0.01:
         return "< 0.01 %"
-    if value in (0, 100):
-        return f"{value:.0f} %"
-    return f"{value:.{1 if value >= 1 else 2}f} %"
+    places = 0 if value == 0 or value >= 99.95 else 1 if value >= 1 else 2
+    return f"{value:.{places}f} %"
 
 
 def table(columns: Sequence[str], rows: Iterable[Sequence[str]], *, left: int = 1) -> str:

@@ -36,23 +36,25 @@ def _pass(entry: Data) -> str:
     line = tag("b", escape(entry["name"])) + "".join(tag("span", escape(text)) for text in told)
     inside: list[str] = []
     if entry["options"]:
-        inside.append(tag("h3", "Options") + facts_html(entry["options"]))
+        inside.append(_block("Options", facts_html(entry["options"])))
     if entry["kinds"]:
         rows = [
-            [escape(kind), f"{before:,}", f"{after:,}", f"{after - before:+,}"]
+            [escape(kind), f"{before:,}", f"{after:,}", f"{after - before:+,}".replace("-", "−")]
             for kind, (before, after) in entry["kinds"].items()
         ]
-        inside.append(tag("h3", "Ops") + table(["kind", "before", "after", "change"], rows))
+        inside.append(_block("Ops", table(["kind", "before", "after", "change"], rows)))
     if entry["facts"]:
-        inside.append(tag("h3", "What it says") + facts_html(entry["facts"]))
+        inside.append(_block("What it says", facts_html(entry["facts"])))
     if entry["refused"]:
         rows = [[escape(rule), escape(why)] for rule, why in entry["refused"].items()]
-        inside.append(
-            tag("h3", "Nearest misses") + table(["rule", "did not fire, for"], rows, left=2)
-        )
+        inside.append(_block("Nearest misses", table(["rule", "did not fire, for"], rows, left=2)))
     body = "".join(inside) or tag("p", "Nothing to say.", cls="dim")
     kind = "pass" if changed else "pass quiet"
     return tag("details", tag("summary", line) + tag("div", body, cls="inside"), cls=kind)
+
+
+def _block(title: str, content: str) -> str:
+    return tag("div", tag("h3", title) + content)
 
 
 def fidelity_section(data: Data) -> str:
@@ -101,8 +103,10 @@ def guard_section(data: Data) -> str:
     rest = dict(guard)
     parts: list[str] = []
     if (miss := rest.pop("miss_rate", None)) is not None:
-        text = f"The path that is tried was wrong for {percent(miss)} of the profile's tokens"
-        parts.append(tag("p", escape(text + "; these are computed by the general code.")))
+        text = f"Of the profile's tokens that try the path, {percent(miss)} were on another one; "
+        parts.append(tag("p", escape(text + "the general code computes them.")))
+    if isinstance(path := rest.pop("path", None), str):
+        parts.append(tag("p", squares(path)))
     paths = rest.pop("paths", None)
     if paths and all(isinstance(entry, dict) and "path" in entry for entry in paths):
         rows = [

@@ -60,15 +60,23 @@ class Prices:
         skipped = {g.layer for g, digit in zip(self._gates, path, strict=True) if digit == "0"}
         return self._manifest.model.layers - len(skipped)
 
-    def mean_depth(self) -> float | None:
-        """Over the tokens of the profile."""
-        if self.paths is not None:
-            runs = sum(self.depth(path) * count for path, count in self.paths.items())
-            return runs / self.paths.total()
-        layers = {gate.layer for gate in self._gates}
-        if self.rates is None or len(layers) < len(self._gates):
+    def rate(self, layer: int) -> float | None:
+        """The share of tokens that run a layer; None where that is not known."""
+        gates = [index for index, gate in enumerate(self._gates) if gate.layer == layer]
+        if self.rates is None:
             return None
-        return self._manifest.model.layers - len(layers) + sum(self.rates)
+        if len(gates) <= 1:
+            return self.rates[gates[0]] if gates else 1.0
+        if self.paths is None:
+            return None
+        ran = (n for path, n in self.paths.items() if all(path[gate] == "1" for gate in gates))
+        return sum(ran) / self.paths.total()
+
+    def mean_depth(self) -> float | None:
+        """Layers that a token of the profile runs."""
+        rates = [self.rate(layer) for layer in range(self._manifest.model.layers)]
+        known = [rate for rate in rates if rate is not None]
+        return sum(known) if len(known) == len(rates) else None
 
     def amount(self, paid: Costs, share: Share) -> dict[str, float]:
         """The sum of costs, each paid by some share of the tokens."""
@@ -174,6 +182,7 @@ class Prices:
                     "layer": layer,
                     "gates": gates,
                     "experts": experts.get(layer),
+                    "run_rate": self.rate(layer),
                     **{name: self._all(part) for name, part in parts.items()},
                     "expected": self.amount(own, self._mean) if known else None,
                     "expected_run": self.amount(parts["run"], self._mean) if known else None,
