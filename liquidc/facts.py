@@ -1,4 +1,4 @@
-"""What a manifest says about a module, read off the IR: gates, experts, cache, weight traffic."""
+"""What a manifest says about a module, read off the IR: gates, experts, cache."""
 
 from __future__ import annotations
 
@@ -7,13 +7,12 @@ from collections.abc import Iterable
 from typing import cast
 
 from liquidc.errors import InternalError
-from liquidc.ir import Block, Function, Module, Op, Value, ops
+from liquidc.ir import Function, Module, Value, ops
 from liquidc.ir.experts import places_of_experts
 from liquidc.ir.types import TensorType
 from liquidc.ir.weights import sizes
 from liquidc.manifest import (
     CacheInfo,
-    CostInfo,
     EntryPoint,
     ExpertInfo,
     GateInfo,
@@ -77,29 +76,6 @@ def main_function(module: Module) -> Function:
     return module.functions.get("prefill") or next(iter(module.functions.values()))
 
 
-def cost_info(module: Module) -> CostInfo:
-    """Bytes of weights that one token reads, always and by gate."""
-    main = main_function(module)
-    gates = _gates(main)
-    of_layer: dict[int, list[int]] = {}
-    for index, gate in enumerate(gates):
-        of_layer.setdefault(gate.layer, []).append(index)
-    always, run, skip = 0, [0] * len(gates), [0] * len(gates)
-    for op in main.body.walk():
-        if not isinstance(op, ops.Weight):
-            continue
-        places = {_place(user, of_layer) for user in op.y.uses}
-        size = max((_read_bytes(user, op.y) for user in op.y.uses), default=0)
-        gate, arm = places.pop() if len(places) == 1 else (None, "")
-        if gate is None:
-            always += size
-        elif arm == "then":
-            run[gate] += size
-        else:
-            skip[gate] += size
-    return CostInfo(always, tuple(run), tuple(skip))
-
-
 def _spec(name: str, type: TensorType) -> TensorSpec:
     return TensorSpec(name, str(type.dtype), type.shape)
 
@@ -156,47 +132,6 @@ def _behind(value: Value) -> ops.Route | None:
         else:
             pending += [operand for operand in op.operands if operand.dtype == value.dtype]
     return None
-
-
-def _place(op: Op, of_layer: dict[int, list[int]]) -> tuple[int | None, str]:
-    """The gate and the arm in which an op stands; the gate is None outside."""
-    block: Block | None = op.parent
-    while block is not None and isinstance(block.parent, Op):
-        holder = block.parent
-        if isinstance(holder, ops.If):
-            gate = gate_of(holder.label, of_layer)
-            if gate is not None:
-                arm = "then" if holder.then is block else "otherwise"
-                return gate, arm
-        block = holder.parent
-    return None, ""
-
-
-def gate_of(label: str, of_layer: dict[int, list[int]]) -> int | None:
-    """The gate behind a conditional labelled `layer3`, `layer3/attn` or `layer3/ffn`."""
-    name, _, part = label.partition("/")
-    number = name.removeprefix("layer")
-    if not number.isdigit() or part not in ("", "attn", "ffn"):
-        return None
-    gates = of_layer.get(int(number), [])
-    return None if not gates else gates[-1] if part == "ffn" else gates[0]
-
-
-def _read_bytes(user: Op, weight: Value) -> int:
-    """Bytes of `weight` that one token reads in `user`: one row, its k experts, or all."""
-    total = weight.dtype.bytes
-    for size in sizes(weight.shape):
-        total *= size
-    if isinstance(user, ops.Embed):
-        return total // cast(int, weight.shape[0])
-    if isinstance(user, ops.MapExperts | ops.GroupedExperts) and weight not in (
-        user.x,
-        user.index,
-        user.weight,
-    ):
-        experts, k = cast(int, weight.shape[0]), cast(int, user.index.shape[-1])
-        return total * min(k, experts) // experts
-    return total
 
 
 def total_bytes(types: Iterable[TensorType]) -> int:

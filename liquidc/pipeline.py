@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from liquidc import facts
+from liquidc import cost, facts
 from liquidc.backends.base import Backend, Stage, StageContext
 from liquidc.backends.registry import get_backend
 from liquidc.engine import EngineWriter, sha256_file, writing
@@ -26,9 +26,11 @@ from liquidc.ir.rewriter import Statistics
 from liquidc.manifest import SCHEMA, Manifest, PassInfo
 from liquidc.measure import measured
 from liquidc.passes.base import PassContext
+from liquidc.passlog import PassLog, PassRecord
 from liquidc.passplan import PassPlan, default_passes, plan_passes, run_passes
-from liquidc.profile import read_profile
+from liquidc.profile import Profile, read_profile
 from liquidc.records import canonical
+from liquidc.report import REPORT, report_data, report_page
 from liquidc.specialize import Lossy
 from liquidc.version import __version__
 
@@ -248,6 +250,7 @@ class _Run:
     progress: Progress
     times: list[StageTime] = field(default_factory=list[StageTime])
     statistics: Statistics = field(default_factory=Statistics)
+    records: list[PassRecord] = field(default_factory=list[PassRecord])
     dumped: int = 0
 
     def __post_init__(self) -> None:
@@ -259,7 +262,7 @@ class _Run:
         context = self._context()
         fidelity: dict[str, Any] | None = None
         if start is not None and start[0] == "passes":
-            module = self._read(start[1])
+            traced = module = self._read(start[1])
         else:
             if start is not None and start[0] == "trace":
                 traced = self._read(start[1])
@@ -276,7 +279,9 @@ class _Run:
         files = self.model.files()
         for name, data in sorted(files.items()):
             (self.directory / name).write_bytes(data)
-        return self._timed("manifest", lambda: self._manifest(module, artifact, fidelity))
+        manifest = self._timed("manifest", lambda: self._manifest(module, artifact, fidelity))
+        self._timed("report", lambda: self._report(manifest, module, traced, context.profile))
+        return manifest
 
     def _trace(self) -> Module:
         module = self.model.trace()
@@ -293,7 +298,11 @@ class _Run:
         return module
 
     def _passes(self, module: Module, context: PassContext) -> Module:
+        log = PassLog(module, self.statistics)
+        self.records = log.records
+
         def after(name: str, changed: Module) -> None:
+            log.after(name, changed)
             self._dump(name, IR_SUFFIX, lambda path: path.write_text(print_module(changed)))
 
         return run_passes(
@@ -370,11 +379,17 @@ class _Run:
             functions=facts.entry_points(module),
             files={},
             tools={"liquidc": __version__, **_frontend_tools(), **backend.tools()},
-            cost=facts.cost_info(module),
+            cost=cost.cost_info(module),
             artifact=artifact,
             cache=facts.cache_info(module),
             fidelity=fidelity,
         )
+
+    def _report(
+        self, manifest: Manifest, module: Module, traced: Module, profile: Profile | None
+    ) -> None:
+        data = report_data(manifest, module, traced, profile, self.records)
+        (self.directory / REPORT).write_text(report_page(data), encoding="utf-8")
 
     def _timed(self, name: str, work: Any, total: int = 0) -> Any:
         self.progress.stage(name, total)

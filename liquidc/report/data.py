@@ -157,11 +157,11 @@ def _experts(profile: Profile, passes: Sequence[PassInfo]) -> list[dict[str, Any
             if experts.entropy is None or not experts.tokens
             else experts.entropy / UNIT / experts.tokens,
             "per_cell": _per_cell(count),
-            "together": _together(experts, range(count)),
+            "together": expert_pairs(experts, range(count)),
         }
         ordered = said.get("order-experts", {}).get(experts.layer, {})
         if "order" in ordered:
-            told["together_ordered"] = _together(experts, ordered["order"])
+            told["together_ordered"] = expert_pairs(experts, ordered["order"])
             told |= {
                 key: ordered[key] for key in ("order", "group_size", "cut", "groups_per_token")
             }
@@ -181,7 +181,7 @@ def _per_cell(count: int) -> int:
     return -(-count // CELLS)
 
 
-def _together(experts: ExpertProfile, order: Sequence[int]) -> list[list[int]]:
+def expert_pairs(experts: ExpertProfile, order: Sequence[int]) -> list[list[int]]:
     """Tokens by pair of experts, in an order, neighbours taken together until they fit."""
     size = _per_cell(len(order))
     cells = [order[start : start + size] for start in range(0, len(order), size)]
@@ -202,7 +202,7 @@ def _sample(profile: Profile, prices: Prices) -> dict[str, Any] | None:
         return None
     paths = [prices.path(path) for path in profile.sample.paths]
     return {
-        "pieces": list(profile.sample.pieces),
+        "pieces": [p.encode("utf-8", "replace").decode() for p in profile.sample.pieces],
         "paths": paths,
         "depth": [prices.depth(path) for path in paths],
     }

@@ -69,7 +69,7 @@ def gates_section(data: Data) -> str:
         rule = f"p {sign} {gate['threshold']:g}"
         if gate["fixed"]:
             rule = "fixed to run" if gate["fixed"] > 0 else "fixed to skip"
-        if gate["masked"]:
+        if gate.get("masked"):
             rule += ", computed for all"
         row = [str(gate["gate"]), str(gate["layer"]), escape(rule)]
         if profile:

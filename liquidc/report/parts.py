@@ -17,8 +17,7 @@ _VISIBLE[ord("\t")] = ord("⇥")
 
 def escape(value: object) -> str:
     """Text as HTML, in elements and in attributes; what can't be shown is shown as a sign."""
-    text = str(value).encode("utf-8", "replace").decode()
-    lines = text.split("\n")
+    lines = str(value).split("\n")
     return "\n".join(html.escape(line.translate(_VISIBLE), quote=True) for line in lines)
 
 

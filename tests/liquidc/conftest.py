@@ -72,3 +72,26 @@ def null_engine(model_directory: Path, tmp_path_factory: pytest.TempPathFactory)
     compile_model(model_directory, output, CompileOptions(target="null", verify_each=True))
     assert json.loads((output / "manifest.json").read_bytes())["format"] == "liquidc-engine"
     return output
+
+
+@pytest.fixture(scope="session")
+def profile_file(null_engine: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A profile of the small model that was made up."""
+    from liquidc.engine import read_manifest
+    from tests.liquidc.profiles import made_profile, write_profile
+
+    profile = made_profile(read_manifest(null_engine).model.sha256)
+    return write_profile(profile, tmp_path_factory.mktemp("profiles") / "made.json")
+
+
+@pytest.fixture(scope="session")
+def profiled_engine(
+    model_directory: Path, profile_file: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    """A null engine compiled with that profile, its experts ordered; nobody changes it."""
+    from liquidc.pipeline import CompileOptions, compile_model
+
+    output = tmp_path_factory.mktemp("engines") / "profiled"
+    options = CompileOptions(target="null", profile=profile_file, add=("order-experts",))
+    compile_model(model_directory, output, options)
+    return output

@@ -58,6 +58,7 @@ def test_two_compiles_are_equal_byte_for_byte(null_engine: Path, tmp_path: Path)
         "config.json",
         "manifest.json",
         "module.ir",
+        "report.html",
         "tokenizer.json",
         "weights.bin",
     ]
@@ -76,6 +77,7 @@ def test_no_file_names_this_machine(null_engine: Path, model_directory: Path) ->
         "link",
         "engine",
         "manifest",
+        "report",
     ]
     assert all(stage["peak_rss_bytes"] > 1e7 for stage in log["stages"])
 
