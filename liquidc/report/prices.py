@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections import Counter
 from collections.abc import Callable, Mapping
+from itertools import accumulate
 from typing import Any
 
 from liquidc import facts
@@ -138,18 +140,19 @@ class Prices:
         """Tokens in the order of their depth, then of the bytes that they read."""
         if not self.paths or not self._gates:
             return None
-        priced = sorted(
-            (self.depth(path), self.of_path(path)["bytes"], path) for path in self.paths
+        none = "0" * len(self._gates)
+        alone = [none[:gate] + "1" + none[gate + 1 :] for gate in range(len(none))]
+        worth = [self.of_path(path)["bytes"] - self.of_path(none)["bytes"] for path in alone]
+        ordered = sorted(
+            (self.depth(path), sum(w for w, d in zip(worth, path, strict=True) if d == "1"), path)
+            for path in self.paths
         )
+        passed = list(accumulate(self.paths[path] for _, _, path in ordered))
         found: list[dict[str, Any]] = []
         for quantile in QUANTILES:
-            passed = 0
-            for depth, _, path in priced:
-                passed += self.paths[path]
-                if passed >= quantile * self.paths.total():
-                    told = {"quantile": quantile, "depth": depth, "path": path}
-                    found.append({**told, **self.of_path(path)})
-                    break
+            depth, _, path = ordered[bisect_left(passed, quantile * passed[-1])]
+            told = {"quantile": quantile, "depth": depth, "path": path}
+            found.append({**told, **self.of_path(path)})
         return found
 
     def of_path(self, path: str) -> dict[str, float]:

@@ -95,13 +95,19 @@ def test_layers_add_up_to_the_whole(data: dict[str, Any]) -> None:
     assert layers[2]["experts"] == {"experts": 4, "per_token": 2}
 
 
-def test_quantiles_are_those_of_the_sorted_tokens(data: dict[str, Any]) -> None:
-    priced = sorted((2 + path.count("1"), path) for path in tokens())
-    for entry, rank in zip(data["costs"]["quantiles"], (2, 8, 15), strict=True):
-        depth, _ = priced[rank - 1]
-        assert entry["depth"] == depth
-        assert entry["path"].count("1") == depth - 2
-    assert [entry["quantile"] for entry in data["costs"]["quantiles"]] == [0.1, 0.5, 0.9]
+def test_quantiles_are_those_of_the_sorted_tokens(data: dict[str, Any], manifest: Manifest) -> None:
+    """Of equal depth, path 01 reads less than 10: fewer keys were kept for layer 2."""
+    order = {"00": 0, "01": 1, "10": 2, "11": 3}
+    ordered = sorted(tokens(), key=lambda path: order[path])
+    quantiles = data["costs"]["quantiles"]
+    assert [entry["quantile"] for entry in quantiles] == [0.1, 0.5, 0.9]
+    for entry, rank in zip(quantiles, (2, 8, 15), strict=True):
+        path = ordered[rank - 1]
+        assert entry["path"] == path
+        assert entry["depth"] == 2 + path.count("1")
+        ran = [run for run, digit in zip(manifest.cost.run, path, strict=True) if digit == "1"]
+        assert entry["weights"] == manifest.cost.always + sum(ran)
+    assert [entry["path"] for entry in quantiles] == ["00", "10", "11"]
 
 
 def test_depth_paths_and_gates(data: dict[str, Any]) -> None:
