@@ -85,19 +85,17 @@ def by_depth_section(data: Data) -> str:
     """A table: every layer on, on average, at quantiles of the depth."""
     costs, full = data["costs"], data["costs"]["full"]
     rows = [
-        ("the model, every layer on", "", full),
-        ("this engine, every layer on", "", costs["worst"]),
+        ("model, all layers", "", full),
+        ("engine, all layers", "", costs["worst"]),
     ]
     if costs["expected"]:
         mean = data["profile"]["depth"]["mean"]
-        rows.append(
-            ("this engine, expected", "–" if mean is None else f"{mean:.2f}", costs["expected"])
-        )
+        rows.append(("engine, expected", "–" if mean is None else f"{mean:.2f}", costs["expected"]))
     if costs["guarded"]:
-        rows.append(("expected, the most frequent path tried first", "", costs["guarded"]))
+        rows.append(("expected, one path tried first", "", costs["guarded"]))
     rows += [
         (
-            f"{entry['quantile'] * 100:g} % of tokens run no more layers than",
+            f"{entry['quantile'] * 100:g} % of tokens: at most",
             str(entry["depth"]),
             entry,
         )

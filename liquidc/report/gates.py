@@ -123,8 +123,9 @@ def paths_section(data: Data) -> str:
     drawn = ""
     if histogram:
         titles = [f"{depth} layers: {percent(share)}" for depth, share in histogram.items()]
+        few = len(histogram) <= 10
         ticks = "".join(
-            tag("span", f"{escape(depth)}<br>{percent(share)}")
+            tag("span", escape(depth) + ("<br>" + percent(share) if few else ""))
             for depth, share in histogram.items()
         )
         chart = columns(list(histogram.values()), titles) + tag("div", ticks, cls="ticks")
