@@ -9,8 +9,8 @@ from itertools import accumulate
 from typing import Any
 
 from liquidc import facts
-from liquidc.cost import Cost, Place, costs
 from liquidc.ir import Module
+from liquidc.ir.cost import Cost, Place, costs
 from liquidc.manifest import Manifest
 from liquidc.profile import Profile
 

@@ -8,11 +8,12 @@ from typing import Any
 
 import pytest
 
-from liquidc.cost import Cost, Place, cost_info, costs
+from liquidc.cost import cost_info
 from liquidc.facts import main_function
 from liquidc.frontend.config import LiquidConfig
 from liquidc.frontend.loss import layer_cost
 from liquidc.ir import Module, parse_module
+from liquidc.ir.cost import Cost, Place, costs
 from liquidc.ir.rewriter import Statistics
 from liquidc.passes.registry import DEFAULT_PIPELINE
 from liquidc.passplan import plan_passes, run_passes
