@@ -81,6 +81,21 @@ class RunnerOptions:
     speculate: bool | None = None
 
 
+@dataclass(slots=True)
+class Guard:
+    """How often code for an expected depth path was run, and how often the path was another."""
+
+    tried: int = 0
+    missed: int = 0
+
+    def count(self, out: Arrays) -> None:
+        """Take what a call says of its path out of its results, and count it."""
+        tried, hit = out.pop("path_tried", None), out.pop("path_hit", None)
+        if tried is not None and hit is not None and bool(tried):
+            self.tried += 1
+            self.missed += not bool(hit)
+
+
 @dataclass(frozen=True, slots=True)
 class Trace:
     """What a profiled run executed, by the target's own profiler; nothing is taken from outputs.
@@ -91,10 +106,13 @@ class Trace:
             skipped counts all tokens.
         experts: by layer and expert, the tokens that the expert computed; a layer is absent if the
             profiler can't tell its experts apart.
+        guard: code for an expected depth path that was run, and that was in vain; its work is
+            counted above when it was right, and nowhere when it was not.
     """
 
     gates: dict[int, int] = field(default_factory=dict[int, int])
     experts: dict[int, dict[int, int]] = field(default_factory=dict[int, dict[int, int]])
+    guard: Guard = field(default_factory=Guard)
 
 
 class Cache(Protocol):
@@ -114,14 +132,6 @@ class Cache(Protocol):
     def kv_len(self) -> NDArray[np.int64]:
         """Slots taken by layer and row, [L, B]; a copy."""
         ...
-
-
-@dataclass(slots=True)
-class Guard:
-    """How often code for an expected depth path was run, and how often the path was another."""
-
-    tried: int = 0
-    missed: int = 0
 
 
 class Runner(ABC):
@@ -177,7 +187,7 @@ class Backend(ABC):
         functions: the IR functions that it compiles; others are dropped before the passes.
         pipeline: names of the passes that it runs, in order, with options as in `--passes`; None
             for the default of `liquidc.passes.registry`.
-        leaves_out: passes of that default which don't help it.
+        leaves_out: passes, of that default or of those that a profile adds, which don't help it.
         stages: from the module after the passes to the engine's files.
         summary: one line for `liquidc targets`.
         skips: whether a skipped token costs no row of work; else layers are computed under masks.

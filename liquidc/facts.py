@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Iterable
 from typing import cast
 
 from liquidc.errors import InternalError
 from liquidc.ir import Function, Module, Value, ops
-from liquidc.ir.experts import places_of_experts
+from liquidc.ir.experts import layers_of_experts, places_of_experts, routers_by_layer
 from liquidc.ir.types import TensorType
 from liquidc.ir.weights import sizes
 from liquidc.manifest import (
@@ -85,53 +84,38 @@ def _gates(main: Function) -> tuple[GateInfo, ...]:
     for op in main.body.walk():
         if isinstance(op, ops.DepthGate | ops.FixedGate):
             fixed = 0 if isinstance(op, ops.DepthGate) else 1 if op.run else -1
-            found[op.gate] = GateInfo(op.layer, op.threshold, op.compare, op.reserved, fixed)
+            lowering = "branch" if fixed else _lowering(op.mask)
+            found[op.gate] = GateInfo(
+                op.layer, op.threshold, op.compare, op.reserved, fixed, lowering
+            )
     return tuple(found[index] for index in sorted(found))
+
+
+def _lowering(mask: Value) -> str:
+    """How the tokens of a mask are computed."""
+    asked = [user for user in mask.uses if isinstance(user, ops.Any)]
+    arms = [op.then for any_op in asked for op in any_op.y.uses if isinstance(op, ops.If)]
+    if not arms:
+        return "mask"
+    compact = any(isinstance(op, ops.Rows) and op.mask is mask for arm in arms for op in arm.ops)
+    return "compact" if compact else "branch"
 
 
 def _experts(main: Function) -> tuple[ExpertInfo, ...]:
     """Experts by layer: the router behind each row of the result `experts`."""
-    returned = dict(zip(main.result_names, main.returned, strict=True))
-    if "experts" not in returned:
-        return ()
-    concat = returned["experts"].op
-    rows = concat.operands if isinstance(concat, ops.Concat) else [returned["experts"]]
+    layers = layers_of_experts(main)
     shared = {
-        route: sizes(op.index.shape[-1:])[0] - route.k
-        for op in main.body.walk()
-        if isinstance(op, ops.MapExperts | ops.GroupedExperts) and (route := _behind(op.index))
+        layer: sizes(op.index.shape[-1:])[0]
+        for op, layer in layers.items()
+        if isinstance(op, ops.MapExperts | ops.GroupedExperts)
     }
     stored, infos = places_of_experts(main), list[ExpertInfo]()
-    for layer, row in enumerate(rows):
-        route = _behind(row)
-        if route is not None:
-            count = cast(int, route.logits.shape[-1])
-            places = stored.get(layer, ())
-            infos.append(ExpertInfo(layer, count, route.k, shared.get(route, 0), places))
+    for layer, (route, *_) in routers_by_layer(main).items():
+        count = cast(int, route.logits.shape[-1])
+        slots = shared.get(layer, route.k)
+        places = stored.get(layer, ())
+        infos.append(ExpertInfo(layer, count, route.k, shared=slots - route.k, places=places))
     return tuple(infos)
-
-
-def _behind(value: Value) -> ops.Route | None:
-    """The router whose choice a value is, through conditionals and reshapes.
-
-    A state of the layer below is reached only through a router of this layer, so the first one
-    met, breadth first, is the right one.
-    """
-    pending, seen = deque([value]), set[Value]()
-    while pending:
-        value = pending.popleft()
-        op = value.op
-        if op is None or value in seen:
-            continue
-        seen.add(value)
-        if isinstance(op, ops.Route):
-            return op
-        if isinstance(op, ops.If):
-            at = op.results.index(value)
-            pending += [arm.terminator.operands[at] for arm in op.regions.values()]
-        else:
-            pending += [operand for operand in op.operands if operand.dtype == value.dtype]
-    return None
 
 
 def total_bytes(types: Iterable[TensorType]) -> int:

@@ -54,6 +54,8 @@ class GateInfo:
     """One depth gate; its index in the list is its index in `gate_force` and `gates`.
 
     `fixed` is 1 or -1 if the gate was decided at compile time: to run for all tokens, or for none.
+    `lowering` is how it is computed: a `branch` computes all tokens of a call if one of them runs,
+    `compact` those that run, a `mask` all of them always.
     """
 
     layer: int
@@ -61,6 +63,7 @@ class GateInfo:
     compare: str
     reserved: int = 0
     fixed: int = 0
+    lowering: str = "branch"
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,7 +14,8 @@ from numpy.typing import NDArray
 from liquidc import facts
 from liquidc.errors import InputError
 from liquidc.inputs import ModelInput
-from liquidc.ir import Module, Op, Value, ops
+from liquidc.ir import Op, Value, ops
+from liquidc.ir.experts import layers_of_experts
 from liquidc.ir.interpreter import Frame, Interpreter
 from liquidc.ir.rewriter import Statistics
 from liquidc.ir.semantics import router_scores
@@ -102,9 +103,9 @@ class ModelObserver:
         module = run_passes(module, plan, Statistics())
         self._info = facts.model_info(module, opened.type, opened.sha256)
         self._tokenizer = None if tokenizer is None else Tokenizer(tokenizer)
-        layers = [info.layer for info in self._info.experts]
-        self._interpreter = _Watching(module, opened.weights, layer_of=_layers(module, layers))
         self._function = module.functions["prefill"]
+        layer_of = layers_of_experts(self._function)
+        self._interpreter = _Watching(module, opened.weights, layer_of=layer_of)
 
     @property
     def model(self) -> ModelInfo:
@@ -149,19 +150,6 @@ def first_call(args: Sequence[Value], ids: Sequence[int]) -> dict[str, torch.Ten
     if "logit_index" in inputs:
         inputs["logit_index"] = torch.tensor([[len(ids) - 1]])
     return inputs
-
-
-_Experts = (ops.GroupedExperts, ops.MapExperts)
-
-
-def _layers(module: Module, layers: Sequence[int]) -> dict[Op, int]:
-    """The layer of each router and of each op that holds experts, which stand in their order."""
-    found: dict[Op, int] = {}
-    for kind in ((ops.Route,), _Experts):
-        holders = [op for op in module.walk() if isinstance(op, kind)]
-        if len(holders) == len(layers):
-            found |= dict(zip(holders, layers, strict=True))
-    return found
 
 
 @dataclass(slots=True)

@@ -12,7 +12,7 @@ from liquidc.errors import InputError, InternalError, IRError
 from liquidc.ir import Module, verify
 from liquidc.ir.rewriter import Statistics
 from liquidc.passes.base import Pass, PassContext
-from liquidc.passes.registry import DEFAULT_PIPELINE, PASSES
+from liquidc.passes.registry import DEFAULT_PIPELINE, PASSES, PROFILED
 
 if TYPE_CHECKING:
     from liquidc.backends.base import Backend
@@ -56,9 +56,20 @@ def split_passes(text: str) -> tuple[str, ...]:
 
 def default_passes(backend: Backend) -> tuple[str, ...]:
     """The passes of a target that is told nothing else."""
-    if backend.pipeline is not None:
-        return backend.pipeline
-    return tuple(name for name in DEFAULT_PIPELINE if name not in backend.leaves_out)
+    return _without(backend, backend.pipeline or DEFAULT_PIPELINE)
+
+
+def profiled_passes(backend: Backend) -> tuple[str, ...]:
+    """The passes of a target that is given a profile of the model."""
+    names = list(backend.pipeline or DEFAULT_PIPELINE)
+    for name, before in PROFILED.items():
+        if before in names:
+            names.insert(names.index(before), name)
+    return _without(backend, names)
+
+
+def _without(backend: Backend, names: Sequence[str]) -> tuple[str, ...]:
+    return tuple(name for name in names if name not in backend.leaves_out)
 
 
 def plan_passes(texts: Sequence[str], without: Sequence[str]) -> tuple[PassPlan, ...]:

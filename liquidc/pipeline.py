@@ -23,11 +23,18 @@ from liquidc.errors import InputError, TargetUnavailable
 from liquidc.inputs import DirectoryInput, ModelInput, ModuleInput
 from liquidc.ir import Module, parse_module, print_module
 from liquidc.ir.rewriter import Statistics
+from liquidc.machine import read_table
 from liquidc.manifest import SCHEMA, Manifest, PassInfo
 from liquidc.measure import measured
 from liquidc.passes.base import PassContext
 from liquidc.passlog import PassLog, PassRecord
-from liquidc.passplan import PassPlan, default_passes, plan_passes, run_passes
+from liquidc.passplan import (
+    PassPlan,
+    default_passes,
+    plan_passes,
+    profiled_passes,
+    run_passes,
+)
 from liquidc.profile import Profile, read_profile
 from liquidc.records import canonical
 from liquidc.report import REPORT, report_data, report_page
@@ -40,6 +47,8 @@ if TYPE_CHECKING:
 IR_SUFFIX = ".ir"
 WHOLE = ("hoist-common", "group-experts")
 """After these passes a layer is still one conditional with one op for its experts."""
+FEWER_EXPERTS = ("prune-experts", "merge-experts")
+"""After these passes the profile speaks of other experts."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +60,8 @@ class CompileOptions:
         passes: names instead of the target's own, in order, with options as `name{key=value}`.
         without: names of passes to leave out.
         add: names of passes to run besides, where the model's layers are still whole.
-        profile: what `liquidc profile` measured of this model, for passes that need it.
+        profile: what `liquidc profile` measured of this model: adds the passes that use it.
+        machine: a file of `bench/machine_table.py`, instead of the table that comes with liquidc.
         specialize: "exact" adds what the profile suggests and changes no result; "budget" also
             fixes gates as far as `max_kl` allows.
         max_kl: mean KL(original || compiled) in nats per token that a lossy compile may cost;
@@ -68,6 +78,7 @@ class CompileOptions:
     without: tuple[str, ...] = ()
     add: tuple[str, ...] = ()
     profile: Path | None = None
+    machine: Path | None = None
     specialize: str = ""
     max_kl: float | None = None
     data: Path | None = None
@@ -188,9 +199,13 @@ def _pass_names(options: CompileOptions, backend: Backend) -> tuple[str, ...]:
     if options.specialize and options.profile is None:
         raise InputError("to specialise a model takes a profile: give one with --profile P.json")
     names = options.passes
-    if names is None:
-        names = default_passes(backend)
     added = list(options.add)
+    if names is None:
+        names = default_passes(backend) if options.profile is None else profiled_passes(backend)
+        if any(name.partition("{")[0] in FEWER_EXPERTS for name in added):
+            names = tuple(name for name in names if name != "order-experts")
+    if options.specialize == "exact":
+        added.append("specialize-depth")
     if options.specialize == "budget":
         added += ["fix-gates", "eliminate-dead"]
     if not added:
@@ -324,7 +339,8 @@ class _Run:
         if path is not None:
             profile = read_profile(path)
             profile.check_model(self.model.sha256, str(path))
-        return PassContext(profile, self.model.weights)
+        machine = None if self.options.machine is None else read_table(self.options.machine)
+        return PassContext(profile, self.model.weights, machine)
 
     def _read(self, path: Path) -> Module:
         from liquidc.ir import verify
@@ -370,6 +386,10 @@ class _Run:
         if self.options.start is not None:
             stage, path = self.options.start
             passes.insert(0, PassInfo("start-from", {"stage": stage, "sha256": sha256_file(path)}))
+        guard = cost.guard_info(module, said.get("fix-depth", {}).get("paths", {}))
+        if tried := said.get("specialize-depth", {}).get("path"):
+            guard = said["specialize-depth"]
+            guard = {"path": tried, "gates": guard["path_gates"], "miss_rate": guard["miss_rate"]}
         return Manifest(
             schema=SCHEMA,
             liquidc=__version__,
@@ -380,7 +400,7 @@ class _Run:
             files={},
             tools={"liquidc": __version__, **_frontend_tools(), **backend.tools()},
             cost=cost.cost_info(module),
-            artifact=artifact,
+            artifact=artifact if guard is None else {**artifact, "guard": guard},
             cache=facts.cache_info(module),
             fidelity=fidelity,
         )

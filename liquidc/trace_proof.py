@@ -14,9 +14,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from liquidc.backends.base import Runner, Trace
 from liquidc.runtime import Engine
-from liquidc.session import DepthControls, StepResult
+from liquidc.session import CHUNK, DepthControls, StepResult
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,7 +27,8 @@ class Proof:
     """Tokens run by gate and by expert, as decided and as traced.
 
     A gate that was fixed at compile time decides nothing, and nothing stands behind it: it counts
-    as 0 on both sides. `free` gates are left.
+    as 0 on both sides. `free` gates are left. Behind a gate that is a branch or a mask, tokens are
+    computed that do not run: `computed` says how many tokens the lowering has to compute.
     """
 
     gates: tuple[int, ...]
@@ -33,23 +37,31 @@ class Proof:
     experts_traced: dict[int, dict[int, int]]
     tokens: int
     free: int
+    computed: tuple[int, ...]
 
     @property
     def holds(self) -> bool:
         """True if no gate and no expert that the profiler can see did more or less than decided."""
-        return self.gates == self.gates_traced and all(
+        return self.computed == self.gates_traced and all(
             _nonzero(self.experts[layer]) == _nonzero(traced)
             for layer, traced in self.experts_traced.items()
         )
+
+    @property
+    def covers(self) -> bool:
+        """True if every gate's work was computed for at least the tokens that it let run."""
+        return all(a <= b for a, b in zip(self.gates, self.gates_traced, strict=True))
 
     def report(self) -> dict[str, Any]:
         """The JSON keys of the proof."""
         layers = sorted(self.experts_traced)
         return {
             "layers_run_by_gates": sum(self.gates),
+            "layers_computed": sum(self.computed),
             "layers_run_by_trace": sum(self.gates_traced),
             "layers_offered": self.free * self.tokens,
             "gates_run": list(self.gates),
+            "gates_computed": list(self.computed),
             "gates_run_traced": list(self.gates_traced),
             "experts_run_by_routes": sum(sum(self.experts[n].values()) for n in layers),
             "experts_run_by_trace": sum(sum(self.experts_traced[n].values()) for n in layers),
@@ -72,7 +84,9 @@ def prove(
         depth: how deep to run.
     """
     fixed = [bool(gate.fixed) for gate in engine.manifest.model.gates]
-    gates = [0] * len(fixed)
+    lowering = [gate.lowering for gate in engine.manifest.model.gates]
+    unseen = [name == "mask" for name in lowering]  # unless the trace tells it from other work
+    gates, computed = [0] * len(fixed), [0] * len(fixed)
     experts: dict[int, Counter[int]] = {
         info.layer: Counter() for info in engine.manifest.model.experts
     }
@@ -82,8 +96,10 @@ def prove(
     def count(result: StepResult) -> None:
         nonlocal tokens
         tokens += result.gates.shape[2]
-        for gate, ran in enumerate(result.gates.sum((1, 2))):
-            gates[gate] += 0 if fixed[gate] else int(ran)
+        for gate, decided in enumerate(result.gates):
+            if not fixed[gate]:
+                gates[gate] += int(decided.sum())
+                computed[gate] += _computed(decided, lowering[gate])
         for info in engine.manifest.model.experts:
             chosen, counter = result.experts[info.layer], experts[info.layer]
             used = (int(e) for e in chosen.ravel() if e >= 0)
@@ -105,12 +121,21 @@ def prove(
     trace: Trace = engine.runner.profile(work)
     return Proof(
         tuple(gates),
-        tuple(trace.gates.get(gate, 0) for gate in range(len(gates))),
+        tuple(trace.gates.get(gate, computed[gate] * unseen[gate]) for gate in range(len(gates))),
         {layer: dict(counter) for layer, counter in experts.items()},
         trace.experts,
         tokens,
         fixed.count(False),
+        tuple(computed),
     )
+
+
+def _computed(decided: NDArray[np.bool_], lowering: str) -> int:
+    """Tokens that a lowering computes, of decisions bool[1, T] that were fed in chunks."""
+    if lowering == "compact":
+        return int(decided.sum())
+    chunks = [decided[:, at : at + CHUNK] for at in range(0, decided.shape[1], CHUNK)]
+    return sum(chunk.size for chunk in chunks if lowering == "mask" or chunk.any())
 
 
 def _nonzero(counts: dict[int, int]) -> dict[int, int]:

@@ -170,13 +170,15 @@ def verify(
     proof = prove(engine, prompts[: options.traced], options.traced_tokens)
     report("trace", 1, 1)
     failures = options.thresholds.failures(metrics)
-    if not (proof.holds if get_backend(engine.manifest.target["name"]).skips else proof.covers):
+    skips = get_backend(engine.manifest.target["name"]).skips
+    if not (proof.holds if skips else proof.covers):
         failures.append(_broken(proof))
     return {
         "passed": not failures,
         "failures": failures,
         **metrics,
         **proof.report(),
+        "trace_rule": "equal" if skips else "at least",
         "thresholds": {name: getattr(options.thresholds, name) for name in Thresholds.__slots__},
         "windows": len(windows),
         "prompts": len(prompts),
@@ -294,7 +296,7 @@ def _last(logits: NDArray[np.float32]) -> NDArray[np.float32]:
 
 
 def _broken(proof: Proof) -> str:
-    gates, traced = sum(proof.gates), sum(proof.gates_traced)
-    if proof.gates != proof.gates_traced:
-        return f"the gates let {gates} layers run, by the profiler {traced} were computed"
+    due, traced = sum(proof.computed), sum(proof.gates_traced)
+    if proof.computed != proof.gates_traced:
+        return f"the gates let {due} layers run, by the profiler {traced} were computed"
     return "experts computed other tokens than were sent to them, by the profiler"

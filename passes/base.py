@@ -10,6 +10,7 @@ from liquidc.errors import InputError, InternalError
 from liquidc.ir import Module, ops
 from liquidc.ir.rewriter import Statistics
 from liquidc.ir.weights import WeightSource
+from liquidc.machine import MachineTable
 from liquidc.profile import Profile
 
 
@@ -28,10 +29,13 @@ class PassContext:
     Args:
         profile: what was measured of the model.
         source: where the weights' tensors are.
+        machine: what was measured of the machine that will run the engine; None for the table
+            that comes with liquidc.
     """
 
     profile: Profile | None = None
     source: WeightSource | None = None
+    machine: MachineTable | None = None
 
     def need_profile(self, name: str) -> Profile:
         """The profile.

@@ -63,6 +63,7 @@ def _compact(op: ops.If, taken: set[str]) -> None:
     condition = rw.need(op.cond.op, ops.Any, "the condition is not any(mask)")
     mask = condition.x
     rw.check(mask.type.rank == 2, "the mask is not [B, T]")
+    rw.check(op.lowering != "branch", "it was chosen to stay a branch")
     rw.check(product(mask.shape) != 1, "there is one token: nothing to compact")
     rw.check(not any(isinstance(o, ops.Rows) for o in op.then.ops), "it is compact already")
     rows = ArmRows(op.then, mask, taken, rw)

@@ -110,8 +110,8 @@ def mask_of(conditional: ops.If, rw: Rewriter) -> Value:
     return condition.x
 
 
-def inline_masked(conditional: ops.If, rw: Rewriter) -> None:
-    """Let the masked arm stand without its conditional, where it gives what the other arm gives.
+def check_masked(conditional: ops.If, rw: Rewriter) -> None:
+    """Whether the masked arm gives what the other arm gives where no token runs.
 
     With the mask false for all tokens, each value that the arm yields must be the other arm's.
 
@@ -129,4 +129,13 @@ def inline_masked(conditional: ops.If, rw: Rewriter) -> None:
     for number, (mine, other) in enumerate(pairs):
         same = off.same(mine, other)
         rw.check(same, f"result {number} of a skipped token is not shown to be the other arm's")
+
+
+def inline_masked(conditional: ops.If, rw: Rewriter) -> None:
+    """Let the masked arm stand without its conditional.
+
+    Raises:
+        Refusal: as `check_masked`.
+    """
+    check_masked(conditional, rw)
     inline_arm(conditional, conditional.then)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from liquidc.passes.base import Pass
+from liquidc.passes.choose_lowering import ChooseLowering
 from liquidc.passes.compact_tokens import CompactTokens
 from liquidc.passes.eliminate_common import EliminateCommon
 from liquidc.passes.eliminate_dead import EliminateDead
+from liquidc.passes.fix_depth import FixDepth
 from liquidc.passes.fix_gates import FixGates
 from liquidc.passes.fold_constants import FoldConstants
 from liquidc.passes.fold_router import FoldRouter
@@ -17,14 +19,17 @@ from liquidc.passes.merge_experts import MergeExperts
 from liquidc.passes.order_experts import OrderExperts
 from liquidc.passes.prune_experts import PruneExperts
 from liquidc.passes.specialize_decode import SpecializeDecode
+from liquidc.passes.specialize_depth import SpecializeDepth
 from liquidc.passes.stack_experts import StackExperts
 
 PASSES: dict[str, type[Pass]] = {
     kind.name: kind
     for kind in (
+        ChooseLowering,
         CompactTokens,
         EliminateCommon,
         EliminateDead,
+        FixDepth,
         FixGates,
         FoldConstants,
         FoldRouter,
@@ -36,6 +41,7 @@ PASSES: dict[str, type[Pass]] = {
         OrderExperts,
         PruneExperts,
         SpecializeDecode,
+        SpecializeDepth,
         StackExperts,
     )
 }
@@ -55,3 +61,6 @@ DEFAULT_PIPELINE = (
     "eliminate-common",
     "eliminate-dead",
 )
+
+PROFILED = {"order-experts": "fuse-shared-experts", "choose-lowering": "compact-tokens"}
+"""Passes that a profile adds to the default ones, each before the other."""

@@ -91,27 +91,36 @@ def _copy_block(
     old: Block, new: Block, mapping: dict[Value, Value], bind: Mapping[str, Dim]
 ) -> None:
     for op in old.ops:
-        given: dict[str, Any] = dict(op.attributes)
-        for name in ("shape", "dim"):
-            value = given.get(name)
-            if isinstance(value, tuple):
-                given[name] = tuple(_bound_dim(dim, bind) for dim in value)
-            elif isinstance(value, str) and isinstance(op, ops.Size | ops.Iota):
-                given[name] = _bound_dim(value, bind)
-        for f in op.fields:
-            if f.name in op.segments:
-                values = [mapping[v] for v in op.operands[op.segments[f.name]]]
-                given[f.name] = values if f.kind == "variadic" else (values or [None])[0]
-            elif f.name in op.regions:
-                inner = op.regions[f.name]
-                given[f.name] = Block([(a.name, bound(a.type, bind)) for a in inner.args])
-                mapping.update(zip(inner.args, given[f.name].args, strict=True))
-                _copy_block(inner, given[f.name], mapping, bind)
-        types = [bound(v.type, bind) for v in op.results]
-        copy = new.append(type(op)(**given, loc=op.loc, result_types=types))
-        for a, b in zip(op.results, copy.results, strict=True):
-            b.name = a.name
-            mapping[a] = b
+        copy_bound(op, new, mapping, bind)
+
+
+def copy_bound(op: Op, new: Block, mapping: dict[Value, Value], bind: Mapping[str, Dim]) -> Op:
+    """A copy of `op` at the end of `new`, with sizes in the place of named dimensions.
+
+    Operands are looked up in `mapping`, which gets the results.
+    """
+    given: dict[str, Any] = dict(op.attributes)
+    for name in ("shape", "dim"):
+        value = given.get(name)
+        if isinstance(value, tuple):
+            given[name] = tuple(_bound_dim(dim, bind) for dim in value)
+        elif isinstance(value, str) and isinstance(op, ops.Size | ops.Iota):
+            given[name] = _bound_dim(value, bind)
+    for f in op.fields:
+        if f.name in op.segments:
+            values = [mapping[v] for v in op.operands[op.segments[f.name]]]
+            given[f.name] = values if f.kind == "variadic" else (values or [None])[0]
+        elif f.name in op.regions:
+            inner = op.regions[f.name]
+            given[f.name] = Block([(a.name, bound(a.type, bind)) for a in inner.args])
+            mapping.update(zip(inner.args, given[f.name].args, strict=True))
+            _copy_block(inner, given[f.name], mapping, bind)
+    types = [bound(v.type, bind) for v in op.results]
+    copy = new.append(type(op)(**given, loc=op.loc, result_types=types))
+    for a, b in zip(op.results, copy.results, strict=True):
+        b.name = a.name
+        mapping[a] = b
+    return copy
 
 
 def _know_masks(block: Block) -> int:

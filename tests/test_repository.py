@@ -26,7 +26,14 @@ LONGER = {"tests/liquidc/test_cli.py": 600}
 ALLOWED = {
     "liquidc.ir": {"liquidc.ir", "liquidc.errors"},
     "liquidc.profile": {"liquidc.records", "liquidc.errors"},
-    "liquidc.passes": {"liquidc.passes", "liquidc.ir", "liquidc.errors", "liquidc.profile"},
+    "liquidc.machine": {"liquidc.records", "liquidc.errors"},
+    "liquidc.passes": {
+        "liquidc.passes",
+        "liquidc.ir",
+        "liquidc.errors",
+        "liquidc.machine",
+        "liquidc.profile",
+    },
     "liquidc.frontend": {"liquidc.frontend", "liquidc.ir", "liquidc.errors", "liquidc.records"},
     "liquidc.backends": {
         "liquidc.backends",

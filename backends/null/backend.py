@@ -70,6 +70,7 @@ class NullBackend(Backend):
     name = "null"
     summary = "IR text run by the interpreter: slow, exact, needs no device"
     functions = ("prefill", "decode")
+    leaves_out = ("choose-lowering",)
     stages = (
         Stage("link", ".ir", link, dump_module, load_module),
         Stage("engine", "", write_engine),

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from liquidc.backends.base import Arrays, Cache, Runner, Trace
+from liquidc.backends.base import Arrays, Cache, Guard, Runner, Trace
 from liquidc.backends.weights_file import NAME, WeightsFile
 from liquidc.errors import InternalError
 from liquidc.ir import Module, Op, ops, parse_module, verify
@@ -84,7 +84,11 @@ class NullRunner(Runner):
             cache.length = out.pop("present.kv_len")
             for name in cache.tensors:
                 cache.tensors[name] = out.pop(name.replace("past.", "present.", 1))
-        return {name: tensor.numpy() for name, tensor in out.items()}
+        arrays = {name: tensor.numpy() for name, tensor in out.items()}
+        if "path_tried" in arrays:
+            self.guard = self.guard or Guard()
+            self.guard.count(arrays)
+        return arrays
 
     def profile(self, work: Callable[[Runner], None]) -> Trace:
         """See `Runner`: the interpreter counts the rows of the ops that it computes."""

@@ -143,6 +143,8 @@ def append(g: Graph, op: Appending) -> list[str]:
     """TensorScatter of the new entries, unless the attention over them does it."""
     if fused_with(op) is not None:
         return []
+    if is_passing(op):
+        return [_with_one_more(g, op)]
     kv, width = sizes((op.cache.shape[1], op.cache.shape[3]))
     new = g.name(op.new)
     if isinstance(op, ops.AppendRows):
@@ -155,6 +157,25 @@ def append(g: Graph, op: Appending) -> list[str]:
     outputs = [wanted] if wanted else None
     inputs = [g.name(op.cache), new, g.name(op.length)]
     return [g.op("TensorScatter", inputs, axis=2, outputs=outputs)]
+
+
+def is_passing(op: Appending) -> bool:
+    """Whether an append of one token to one row is attended over and then forgotten.
+
+    Nothing is written then: the entries before are read where they are.
+    """
+    return (
+        isinstance(op, ops.Append)
+        and op.new.shape[:2] == (1, 1)
+        and all(isinstance(u, ops.Attend) and u.parent is op.parent for u in op.y.uses)
+    )
+
+
+def _with_one_more(g: Graph, op: Appending) -> str:
+    """The entries before, and the new one."""
+    before = g.op("Slice", [g.name(op.cache), g.const([0]), g.name(op.length), g.const([2])])
+    new = g.op("Transpose", [g.name(op.new)], perm=[0, 2, 1, 3])
+    return g.op("Concat", [before, new], axis=2)
 
 
 def attend(g: Graph, op: ops.Attend | ops.AttendRows) -> list[str]:
@@ -170,8 +191,12 @@ def attend(g: Graph, op: ops.Attend | ops.AttendRows) -> list[str]:
     q = g.op("Transpose", [q], perm=[0, 2, 1, 3])
     most = g.op("ReduceMax", [g.op("Reshape", [limit, g.const([-1])]), g.const([0])], keepdims=1)
     most = g.op("Max", [most, g.const([1])])
-    bounds = [g.const([0]), most, g.const([2])]
-    keys, values = (g.op("Slice", [g.name(v), *bounds]) for v in (op.key, op.value))
+    keys, values = (g.name(v) for v in (op.key, op.value))
+    if isinstance(key, Appending) and is_passing(key):
+        most = g.op("Shape", [keys], start=2, end=3)
+    else:
+        bounds = [g.const([0]), most, g.const([2])]
+        keys, values = (g.op("Slice", [name, *bounds]) for name in (keys, values))
     slots = g.op("Range", [g.const(0), g.op("Squeeze", [most, g.const([0])]), g.const(1)])
     limits = g.op("Unsqueeze", [limit, g.const([1, 3])])
     mask = g.op("Less", [slots, limits])

@@ -106,6 +106,7 @@ EMIT: dict[type[Op], Emit] = {
     ops.Rsqrt: _rsqrt,
     ops.Ne: _not_equal,
     ops.Reshape: _reshape,
+    ops.AssumeSizes: lambda g, op: [g.name(op.x)],
     ops.Broadcast: _broadcast,
     ops.Transpose: _transpose,
     ops.Slice: _slice,

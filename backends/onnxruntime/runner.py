@@ -6,7 +6,7 @@ import json
 import re
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,7 +15,7 @@ import numpy as np
 import onnxruntime as ort
 from numpy.typing import NDArray
 
-from liquidc.backends.base import Arrays, Cache, Runner, RunnerOptions, Trace
+from liquidc.backends.base import Arrays, Cache, Guard, Runner, RunnerOptions, Trace
 from liquidc.errors import InternalError
 
 if TYPE_CHECKING:
@@ -88,6 +88,7 @@ class OrtRunner(Runner):
         )
         self._inputs = {node.name for node in self._session.get_inputs()}
         self._outputs = [node.name for node in self._session.get_outputs()]
+        self.guard = Guard() if "path_tried" in self._outputs else None
 
     def new_cache(self, batch: int, capacity: int) -> Cache:
         """See `Runner`."""
@@ -130,6 +131,8 @@ class OrtRunner(Runner):
         }
         if "present.kv_len" in out:
             cache.length = out.pop("present.kv_len")
+        if self.guard is not None:
+            self.guard.count(out)
         return out
 
     def profile(self, work: Callable[[Runner], None]) -> Trace:
@@ -141,7 +144,11 @@ class OrtRunner(Runner):
             work(runner)
             events = runner.events()
             runner.close()
-        return read_trace(events, self._gates_by_label())
+        guard: dict[str, Any] = self._manifest.artifact.get("guard", {})
+        path = dict(zip(guard.get("gates", ()), guard.get("path", ""), strict=True))
+        gates = self._manifest.model.gates
+        taken = [gate for gate, digit in path.items() if digit == "1" and not gates[gate].masked]
+        return read_trace(events, self._gates_by_label(), taken)
 
     def events(self) -> list[dict[str, Any]]:
         """What the profiler of the session saw until now; it ends."""
@@ -166,7 +173,9 @@ _GATED = re.compile(r"(fused )?(?P<label>layer\d+(/attn|/ffn)?)/run/Gemm_kernel_
 _EXPERT = re.compile(r"(fused )?(.+/)?moe(?P<layer>\d+)/expert(?P<expert>\d+)/Gemm_kernel_time")
 
 
-def read_trace(events: list[dict[str, Any]], gates: Mapping[str, int]) -> Trace:
+def read_trace(
+    events: list[dict[str, Any]], gates: Mapping[str, int], path: Sequence[int] = ()
+) -> Trace:
     """Tokens behind each gate and of each expert, from a profile's node events.
 
     They are the rows of the first matrix product of an arm, the node whose name has no number: in
@@ -176,19 +185,36 @@ def read_trace(events: list[dict[str, Any]], gates: Mapping[str, int]) -> Trace:
     Args:
         events: of the profiler's file.
         gates: index by label of the conditional.
+        path: gates that run on the path that is tried first; one token is tried at a time.
     """
     rows: Counter[int] = Counter()
     experts: dict[int, Counter[int]] = {}
+    guard, pending = Guard(), dict[tuple[int, int], int]()
+    trying = False
     for event in events:
         if event.get("cat") != "Node":
             continue
         name = str(event["name"])
+        if name.startswith("path/run/") and not trying:
+            trying, pending = True, {}
+            guard.tried += 1
+        elif trying and name.startswith(("path/commit/", "layer")):
+            trying = False
+            if name.startswith("path/commit/run/"):
+                rows.update(path)
+                for (layer, expert), count in pending.items():
+                    experts.setdefault(layer, Counter())[expert] += count
+            else:
+                guard.missed += 1
         if (gated := _GATED.fullmatch(name)) and gated["label"] in gates:
             rows[gates[gated["label"]]] += _first_size(event)
-        elif expert := _EXPERT.fullmatch(name):
-            counter = experts.setdefault(int(expert["layer"]), Counter())
-            counter[int(expert["expert"])] += _first_size(event)
-    return Trace(dict(rows), {layer: dict(counter) for layer, counter in experts.items()})
+        elif found := _EXPERT.fullmatch(name):
+            layer, expert = int(found["layer"]), int(found["expert"])
+            if trying:
+                pending[layer, expert] = pending.get((layer, expert), 0) + _first_size(event)
+            else:
+                experts.setdefault(layer, Counter())[expert] += _first_size(event)
+    return Trace(dict(rows), {layer: dict(counter) for layer, counter in experts.items()}, guard)
 
 
 def _first_size(event: dict[str, Any]) -> int:

@@ -40,6 +40,11 @@ Examples:
     "--data", type=click.Path(path_type=Path), help="Held-out text; default: MODEL/heldout.txt."
 )
 @click.option("--profile", type=click.Path(path_type=Path), help="Of this model, for the passes.")
+@click.option(
+    "--machine",
+    type=click.Path(path_type=Path),
+    help="Table of bench/machine_table.py by which lowerings are chosen.",
+)
 @click.option("--verify-each", is_flag=True, help="Check the IR after every pass.")
 @click.option("--dump-dir", type=click.Path(path_type=Path), help="Write each stage's artefact.")
 @click.option("--start-from", metavar="STAGE=FILE", help="Take a stage's artefact from a file.")
@@ -58,6 +63,7 @@ def command(
     max_kl: float | None,
     data: Path | None,
     profile: Path | None,
+    machine: Path | None,
     verify_each: bool,
     dump_dir: Path | None,
     start_from: str | None,
@@ -82,6 +88,7 @@ def command(
         without=no_pass,
         add=add_pass,
         profile=profile,
+        machine=machine,
         specialize=specialize or "",
         max_kl=max_kl,
         data=data,

@@ -17,14 +17,17 @@ if TYPE_CHECKING:
     epilog="""\b
 Examples:
   liquidc inspect engine
+  liquidc inspect engine --explain
   liquidc inspect engine --json | python -m json.tool"""
 )
 @click.argument("engine", type=click.Path(path_type=Path))
 @click.option("--no-hash", is_flag=True, help="Don't read the files to check their hashes.")
+@click.option("--explain", is_flag=True, help="Show why each gate is computed as it is.")
 @json_option
-def command(engine: Path, no_hash: bool, as_json: bool) -> None:
+def command(engine: Path, no_hash: bool, explain: bool, as_json: bool) -> None:
     """Show what the engine in the directory ENGINE consists of; its files are checked."""
     from liquidc.engine import check_files, read_manifest
+    from liquidc.explain import explain_lowerings
     from liquidc.records import to_json
     from liquidc.report import read_report
 
@@ -36,10 +39,45 @@ def command(engine: Path, no_hash: bool, as_json: bool) -> None:
         content = to_json(manifest)
         content["engine_schema"] = content.pop("schema")
         content["built_by"] = content.pop("liquidc")
-        shown = {"engine": str(engine), "sha256": manifest.sha256, **content, "report": report}
-        emit_json(shown)
+        lowerings = explain_lowerings(manifest)
+        shown = {"engine": str(engine), "sha256": manifest.sha256, **content}
+        emit_json({**shown, "lowerings": lowerings, "report": report})
+        return
+    if explain:
+        _explain(manifest, explain_lowerings(manifest))
         return
     _show(engine, manifest, report)
+
+
+def _explain(manifest: Manifest, lowerings: list[dict[str, Any]]) -> None:
+    """A line for each gate, and the machine that the times are of."""
+    chosen = next(
+        (p.facts for p in manifest.passes if p.name == "choose-lowering" and p.facts), None
+    )
+    rows = [
+        [
+            str(line["gate"]),
+            str(line["layer"]),
+            line["lowering"],
+            line["reason"],
+            f"{line['run_rate']:.1%}" if "run_rate" in line else "",
+            *(_ms(line, name) for name in ("branch", "compact", "mask")),
+        ]
+        for line in lowerings
+    ]
+    title = "how each gate is computed"
+    if chosen is not None:
+        machine = chosen["machine"]
+        tools = ", ".join(f"{name} {version}" for name, version in machine["tools"].items())
+        calls = next(line["calls"] for line in lowerings if "calls" in line)
+        title += f"; ms of {calls}, {machine['name']}, {machine['threads']} threads, {tools}"
+    columns = ["gate", "layer", "lowering", "why", "runs", "branch", "compact", "mask"]
+    table(title, columns, rows, right=4)
+
+
+def _ms(line: dict[str, Any], lowering: str) -> str:
+    times = line.get("us", {})
+    return f"{times[lowering] / 1000:.2f}" if lowering in times else ""
 
 
 def _show(engine: Path, manifest: Manifest, report: dict[str, Any] | None) -> None:

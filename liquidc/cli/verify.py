@@ -130,7 +130,7 @@ def _show(result: dict[str, Any]) -> None:
         row("mean depth", f"{result['depth_mean']:.3f}"),
         row("  of the reference", f"{result['depth_mean_reference']:.3f}"),
         row("layers run, by gates", f"{result['layers_run_by_gates']:,}"),
-        row("layers run, by trace", f"{result['layers_run_by_trace']:,}", "equal"),
+        row("layers run, by trace", f"{result['layers_run_by_trace']:,}", _wanted(result)),
         row("  if nothing skipped", f"{result['layers_offered']:,}"),
     ]
     if result["experts_traced_layers"]:
@@ -149,6 +149,15 @@ def _show(result: dict[str, Any]) -> None:
     for failure in result["failures"]:
         click.echo(f"failed: {failure}")
     click.echo("passed" if result["passed"] else "not passed")
+
+
+def _wanted(result: dict[str, Any]) -> str:
+    """How many layers the trace must show."""
+    if result["trace_rule"] == "at least":
+        return f"≥ {result['layers_run_by_gates']:,}"
+    if result["gates_run"] == result["gates_computed"]:
+        return "equal"
+    return f"{result['layers_computed']:,}, as lowered"
 
 
 def _histogram(engine: list[int], reference: list[int]) -> None:

@@ -295,6 +295,7 @@ COMPUTE: dict[type[Op], Callable[..., Any]] = {
     ops.Where: _where,
     ops.Reshape: lambda op, frame, x: x.reshape(frame.sizes(op.shape)),
     ops.Broadcast: lambda op, frame, x: x.broadcast_to(frame.sizes(op.shape)),
+    ops.AssumeSizes: lambda op, frame, x: x,
     ops.Transpose: lambda op, frame, x: x.permute(op.perm),
     ops.Slice: _slice,
     ops.Concat: lambda op, frame, *xs: torch.cat(xs, op.dim),

@@ -20,6 +20,7 @@ from liquidc.report.parts import (
 )
 
 Data = dict[str, Any]
+ALL_TOKENS = {"branch": ", all tokens of a call if one runs", "mask": ", computed for all tokens"}
 
 
 def depth_section(data: Data) -> str:
@@ -69,8 +70,8 @@ def gates_section(data: Data) -> str:
         rule = f"p {sign} {gate['threshold']:g}"
         if gate["fixed"]:
             rule = "fixed to run" if gate["fixed"] > 0 else "fixed to skip"
-        if gate.get("masked"):
-            rule += ", computed for all"
+        elif gate["lowering"] != "compact":
+            rule += ALL_TOKENS[gate["lowering"]]
         row = [str(gate["gate"]), str(gate["layer"]), escape(rule)]
         if profile:
             rate = gate["run_rate"]

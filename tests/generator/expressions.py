@@ -124,7 +124,7 @@ def heads(b: Builder, x: Value) -> Value:
     x4 = b.add(ops.MatMul(x4, b.weight(HALF, HALF)))
     turned = b.add(ops.Transpose(x4, perm=(0, 1, 3, 2)))
     if b.chance(50):
-        turned = b.add(ops.Tanh(turned))
+        turned = b.add(ops.AssumeSizes(b.add(ops.Tanh(turned)), shape=turned.shape))
     return b.reshape(b.add(ops.Transpose(turned, perm=(0, 1, 3, 2))), "B", "T", WIDTH)
 
 

@@ -16,9 +16,11 @@ from tests.generator.modules import Example, example
 
 SEEDS = 100
 RULES = {
+    "always-run",
     "compact-tokens",
     "eliminate-common",
     "eliminate-dead",
+    "fix-depth",
     "fold-linear-chain",
     "fold-operation",
     "fold-two-logits",
@@ -28,9 +30,14 @@ RULES = {
     "fuse-shared-experts",
     "group-swiglu",
     "hoist-common",
+    "hot-path",
+    "lower-by-branch",
+    "lower-by-compact",
+    "lower-by-mask",
     "merge-reshapes",
     "order-experts",
     "outer-result",
+    "path",
     "skip-identity",
     "specialize-decode",
     "stack-experts",
@@ -72,7 +79,7 @@ def test_every_op_class_occurs(examples: list[Example]) -> None:
 def test_every_op_class_that_has_a_place_in_an_arm_occurs_in_one(examples: list[Example]) -> None:
     arms = [op.then for made in examples for op in conditionals(made) if "/expert" not in op.label]
     missing = set(OPS.values()) - classes([op for arm in arms for op in arm.ops])
-    # The first four belong to the function, a gate decides outside its arm, a share is used in an
+    # The first five belong to the function, a gate decides outside its arm, a share is used in an
     # expert's region only.
     assert missing <= {
         ops.Return,
@@ -80,6 +87,7 @@ def test_every_op_class_that_has_a_place_in_an_arm_occurs_in_one(examples: list[
         ops.Embed,
         ops.Iota,
         ops.DepthGate,
+        ops.FixedGate,
         ops.ExpertWeight,
     }
 

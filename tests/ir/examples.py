@@ -110,6 +110,7 @@ EXAMPLES: dict[str, Example] = {
         f'broadcast %x, shape=["B", 4] : {F32}',
         lambda x, like: x.expand(2, 4),
     ),
+    "assume_sizes": Example(X, "assume_sizes %x, shape=[2, 4] : f32[2, 4]", lambda x: x),
     "transpose": Example(X, "transpose %x, perm=[1, 0] : f32[4, B]", lambda x: x.T),
     "slice": Example(X, "slice %x, dim=1, start=1, stop=3 : f32[B, 2]", lambda x: x[:, 1:3]),
     "concat": Example(AB, "concat [%a, %b], dim=1 : f32[B, 8]", lambda a, b: torch.cat([a, b], 1)),

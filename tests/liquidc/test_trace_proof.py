@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 import liquidc
+from liquidc.machine import DEFAULT
 from liquidc.observers import ModelObserver
 from liquidc.passes.registry import DEFAULT_PIPELINE
 from liquidc.pipeline import open_model
@@ -61,3 +63,25 @@ def test_the_choice_of_experts_is_reported_as_without_the_pass(
     assert (before.experts == after.experts).all()
     assert (before.gates == after.gates).all()
     assert abs(before.logits - after.logits).max() < 1e-4
+
+
+@pytest.mark.parametrize("lowering", ["branch", "compact", "mask"])
+def test_each_lowering_computes_the_tokens_that_it_says(
+    lowering: str, model_directory: Path, profile: Path, tmp_path: Path
+) -> None:
+    """The machine of the table makes one lowering free of what the others cost."""
+    dear = {"branch": "find_rows", "compact": "product", "mask": "conditional"}[lowering]
+    table = json.loads(DEFAULT.read_text())
+    table |= {"op": 0, "conditional": 0, "find_rows": 0, "move_row": 0}
+    table["product"] = [0] * len(table["rows"])
+    table[dear] = [n * 1e6 for n in table["rows"]] if dear == "product" else 1e9
+    (tmp_path / "table.json").write_text(json.dumps(table))
+    with liquidc.compile(
+        model_directory, tmp_path / "engine", profile=profile, machine=tmp_path / "table.json"
+    ) as engine:
+        found = {gate.lowering for gate in engine.manifest.model.gates}
+        proof = prove(engine, [engine.encode(TEXT[:60])], 4)
+    assert lowering in found
+    assert proof.holds
+    assert not replace(proof, gates_traced=(1, *proof.gates_traced[1:])).holds
+    assert (proof.computed == proof.gates) == (lowering == "compact")

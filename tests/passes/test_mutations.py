@@ -13,17 +13,20 @@ from liquidc.ir import weights as lazy
 from liquidc.ir.rewriter import Rewriter, Statistics
 from liquidc.ir.weight_maths import Product, Take
 from liquidc.passes import (
+    choose_lowering,
     eliminate_common,
     eliminate_dead,
     fold_constants,
     fold_router,
     fuse_linear,
     fuse_shared_experts,
+    gate_arms,
     group_experts,
     hoist_common,
     order_experts,
     routed_experts,
     specialize_decode,
+    speculate,
     stack_experts,
     token_rows,
 )
@@ -234,6 +237,31 @@ def knows_the_mask_of_several_rows(patch: Patch) -> None:
                 specialize_decode.know_mask(op.then, op.cond.op.x, known=True)
 
     patch.setattr(specialize_decode.SpecializeDecode, "apply", wrong)
+
+
+@mutation("fix-depth")
+def keeps_the_other_arm(patch: Patch) -> None:
+    right = gate_arms.inline_arm
+
+    def wrong(op: ops.If, arm: Block) -> list[Op]:
+        return right(op, op.otherwise if arm is op.then else op.then)
+
+    patch.setattr(gate_arms, "inline_arm", wrong)
+
+
+@mutation("specialize-depth{hot=0}")
+def computes_the_path_with_the_other_mask(patch: Patch) -> None:
+    right = speculate.know_mask
+    patch.setattr(
+        speculate, "know_mask", lambda arm, mask, known: right(arm, mask, known=not known)
+    )
+
+
+@mutation("choose-lowering")
+def masks_with_the_arm_of_skipped_tokens(patch: Patch) -> None:
+    patch.setattr(
+        choose_lowering, "inline_arm", lambda op, arm: gate_arms.inline_arm(op, op.otherwise)
+    )
 
 
 @mutation("compact-tokens")

@@ -68,10 +68,15 @@ class Return(Op, name="return", terminator=True):
 
 
 class If(Op, name="if"):
-    """Runs one of two blocks; `label` names the part of the model (`layer3`, `layer3/expert5`)."""
+    """Runs one of two blocks; `label` names the part of the model (`layer3`, `layer3/expert5`).
+
+    `lowering` says how a gate's tokens are to be computed: all of them if one runs (`branch`), or
+    those that run (`compact`); empty if that was not decided.
+    """
 
     cond: Value = operand()
     label: str = attribute(default="")
+    lowering: str = attribute(default="")
     then: Block = region()
     otherwise: Block = region()
     values: list[Value] = results()
@@ -84,6 +89,8 @@ class If(Op, name="if"):
         """A boolean scalar decides; both arms yield the same types and take no arguments."""
         if self.cond.type != TensorType(DType.BOOL):
             raise ValueError(f"the condition must be bool[], not {self.cond.type}")
+        if self.lowering not in ("", "branch", "compact"):
+            raise ValueError(f"lowering is branch or compact, not {self.lowering!r}")
         yields = [[v.type for v in arm.terminator.operands] for arm in (self.then, self.otherwise)]
         if yields[0] != yields[1]:
             left, right = (", ".join(map(str, types)) for types in yields)

@@ -248,6 +248,24 @@ class Broadcast(Op, name="broadcast"):
         return (self.x.type.with_shape(*self.shape),)
 
 
+class AssumeSizes(Op, name="assume_sizes"):
+    """The operand, whose named dimensions are known to have these sizes where the op stands."""
+
+    x: Value = operand()
+    shape: tuple[Dim, ...] = attribute()
+    y: Value = result()
+
+    def infer(self) -> tuple[TensorType, ...]:
+        """The given shape."""
+        fits = len(self.shape) == self.x.type.rank and all(
+            old == new or isinstance(old, str)
+            for old, new in zip(self.x.shape, self.shape, strict=True)
+        )
+        if not fits:
+            raise ValueError(f"{self.x.type} can't be [{_dims(self.shape)}]")
+        return (self.x.type.with_shape(*self.shape),)
+
+
 class Transpose(Op, name="transpose"):
     """Dimension i of the result is dimension perm[i] of the operand."""
 
