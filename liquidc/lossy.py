@@ -84,19 +84,35 @@ def measure(
     ]
 
 
-def table(errors: Sequence[LayerError], said: Mapping[str, Any]) -> list[tuple[str, ...]]:
-    """Rows to print under `COLUMNS`; `said` is what the pass left in `Statistics.facts`."""
-    starved = {entry["layer"]: entry.get("starved", []) for entry in said["layers"]}
-    return [
-        (
-            str(e.layer),
-            str(e.tokens),
-            f"{e.error:.3%}",
-            f"{e.overlap:.1%}",
-            ", ".join(map(str, starved.get(e.layer, []))) or "–",
+def note(errors: Sequence[LayerError], said: Mapping[str, Any]) -> None:
+    """Add what was measured to what a pass left in `Statistics.facts`, layer by layer."""
+    found = {error.layer: error for error in errors}
+    for entry in said["layers"]:
+        if (error := found.get(entry["layer"])) is not None:
+            entry["measured"] = {
+                "tokens": error.tokens,
+                "relative_error": error.error,
+                "top_k_overlap": error.overlap,
+            }
+
+
+def table(said: Mapping[str, Any]) -> list[tuple[str, ...]]:
+    """Rows to print under `COLUMNS`; of a layer that the pass left alone, why."""
+    rows: list[tuple[str, ...]] = []
+    for entry in said["layers"]:
+        if (found := entry.get("measured")) is None:
+            rows.append((str(entry["layer"]), "", "", "", entry.get("reason", "not measured")))
+            continue
+        rows.append(
+            (
+                str(entry["layer"]),
+                str(found["tokens"]),
+                f"{found['relative_error']:.3%}",
+                f"{found['top_k_overlap']:.1%}",
+                ", ".join(map(str, entry.get("starved", []))) or "–",
+            )
         )
-        for e in errors
-    ]
+    return rows
 
 
 @dataclass(frozen=True, slots=True)

@@ -266,6 +266,9 @@ class _Run:
     times: list[StageTime] = field(default_factory=list[StageTime])
     statistics: Statistics = field(default_factory=Statistics)
     records: list[PassRecord] = field(default_factory=list[PassRecord])
+    of_experts: list[tuple[str, Module, Module]] = field(
+        default_factory=list[tuple[str, "Module", "Module"]]
+    )
     dumped: int = 0
 
     def __post_init__(self) -> None:
@@ -287,6 +290,12 @@ class _Run:
             if self.options.specialize == "budget":
                 self.passes = self._timed("specialize", lambda: lossy.choose(traced))
             module = self._timed("passes", lambda: self._passes(traced, context))
+            for name, before, after in self.of_experts:
+                said = self.statistics.facts[name]
+                self._timed(
+                    name,
+                    lambda b=before, a=after, said=said: lossy.measure_experts(traced, b, a, said),
+                )
             if lossy.needed:
                 fidelity = self._timed("measure", lambda: lossy.measure(traced, module))
                 self.statistics.facts.setdefault("fix-gates", {}).update(lossy.told)
@@ -315,9 +324,15 @@ class _Run:
     def _passes(self, module: Module, context: PassContext) -> Module:
         log = PassLog(module, self.statistics)
         self.records = log.records
+        names, before = [plan.name for plan in self.passes] + [""], module
 
         def after(name: str, changed: Module) -> None:
+            nonlocal before
+            if name in FEWER_EXPERTS:
+                self.of_experts.append((name, before, changed.clone()))
             log.after(name, changed)
+            if names[len(log.records)] in FEWER_EXPERTS:
+                before = changed.clone()
             self._dump(name, IR_SUFFIX, lambda path: path.write_text(print_module(changed)))
 
         return run_passes(

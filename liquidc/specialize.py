@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from liquidc import lossy
 from liquidc.errors import CheckFailed, InputError
 from liquidc.fidelity import LogitMetrics
 from liquidc.inputs import ModelInput
@@ -295,6 +296,16 @@ class Lossy:
                 f"text, more than the {budget:g} that --max-kl allows; nothing was written"
             )
         return {**found, "max_kl": budget}
+
+    def measure_experts(self, traced: Module, before: Module, after: Module, said: Any) -> None:
+        """What a pass over experts changed in each layer, added to what the pass `said`.
+
+        Raises:
+            InputError: there is no text to measure on.
+        """
+        text = self._text(traced).half(1)
+        errors = lossy.measure(before, after, self._model.weights, text.windows)
+        lossy.note(errors, said)
 
     def _exact(self, traced: Module) -> Module:
         """The model after all passes that change nothing, each function one of the model's."""

@@ -79,6 +79,7 @@ def command(
     """
     if output is None and not dry_run:
         raise click.UsageError("Missing option '-o' / '--output'.", click.get_current_context())
+    from liquidc import lossy
     from liquidc.passplan import split_passes
     from liquidc.pipeline import CompileOptions, compile_model
 
@@ -107,6 +108,11 @@ def command(
         progress.stop()
     if stats:
         show_statistics(compiled.statistics, as_json=as_json)
+    experts = {
+        name: facts
+        for name, facts in compiled.statistics.facts.items()
+        if name in ("prune-experts", "merge-experts")
+    }
     if as_json:
         result: dict[str, Any] = {
             "engine": str(compiled.engine),
@@ -118,10 +124,14 @@ def command(
                 for s in compiled.stages
             ],
         }
+        result |= {"experts": experts} if experts else {}
         if stats:
             result["rules"] = dict(sorted(compiled.statistics.fired.items()))
         emit_json(result)
         return
+    for name, said in experts.items():
+        rows = [[*row] for row in lossy.table(said)]
+        table(f"{name}, measured on held-out text", [*lossy.COLUMNS], rows)
     size = sum(info.bytes for info in compiled.manifest.files.values())
     click.echo(
         f"{compiled.engine}: {bytes_text(size)} in {len(compiled.manifest.files) + 1} files, "
