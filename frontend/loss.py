@@ -22,8 +22,9 @@ class LossParts:
 
     total = ce + depth_coef·|depth_cost - depth_target| + router_aux_coef·router_aux
     + router_z_coef·router_z. ce is in nats per token. gates bool[G, B, T]; gate_p and gate_score
-    f32[G, B, T] carry gradients; valid bool[B, T]; expert_load f32[E] is the share of each expert;
-    router_aux_by_layer f32[layers with experts] is router_aux of each layer by itself.
+    f32[G, B, T] carry gradients; valid bool[B, T]; expert_load f32[E + Z] is the share of
+    each expert, identity experts last; router_aux_by_layer f32[layers with experts] is router_aux
+    of each layer by itself.
     """
 
     total: Tensor
@@ -63,8 +64,8 @@ def layer_cost(config: LiquidConfig, layer: int, context: float) -> LayerCost:
     """The cost of a layer for a token that sees `context` keys (model spec 4.3).
 
     q and o: 2·D·H·hd each; keys and values: 4·D·KV·hd; attention: 4·context·H·hd; dense
-    feed-forward: 6·D·F; experts: k·6·D·I + 2·D·E + 6·D·I_shared; router: 2·(D·R + R·O); adapter:
-    6·D·A.
+    feed-forward: 6·D·F; experts: k·6·D·I·E/(E+Z) + 2·D·(E+Z) + 6·D·I_shared, the Z identity
+    experts being free and chosen as often as the others; router: 2·(D·R + R·O); adapter: 6·D·A.
     """
     hidden, width = config.hidden_size, config.head_dim
     q_width, kv_width = config.num_attention_heads * width, config.num_key_value_heads * width
@@ -72,8 +73,9 @@ def layer_cost(config: LiquidConfig, layer: int, context: float) -> LayerCost:
     kv = 4.0 * hidden * kv_width
     if layer in config.moe_layers:
         moe = config.moe
-        used = moe.num_experts_per_tok * config.expert_width + moe.shared_intermediate_size
-        ffn = 6.0 * hidden * used + 2.0 * hidden * moe.num_experts
+        used = moe.num_experts_per_tok * moe.num_experts / moe.num_choices
+        widths = used * config.expert_width + moe.shared_intermediate_size
+        ffn = 6.0 * hidden * widths + 2.0 * hidden * moe.num_choices
     else:
         ffn = 6.0 * hidden * (config.intermediate_size or 0)
     gate, gates = config.depth_gate, config.gates_per_layer(layer)
@@ -115,15 +117,15 @@ def depth_cost(config: LiquidConfig, steps: list[Step]) -> Tensor:
 
 
 def router_losses(config: LiquidConfig, steps: list[Step]) -> tuple[Tensor, Tensor, Tensor | None]:
-    """(L_switch, L_z, load f32[E]) over executed tokens, the layers taken together.
+    """(L_switch, L_z, load f32[E + Z]) over executed tokens, the layers taken together.
 
-    L_switch = E·Σ_e f_e·P_e with f_e the share of the assignments and P_e the mean probability
+    L_switch = (E + Z)·Σ_e f_e·P_e with f_e the share of the assignments, P_e the mean probability
     (Switch Transformer, Fedus et al. 2021; 1 when balanced); L_z = mean logsumexp² (ST-MoE, Zoph
     et al. 2022). Sigmoid scores are normalised to sum to 1; identity scores take softmax.
     """
     zero = steps[0].bias.new_zeros(())
     count = z = probability = zero
-    load = torch.zeros(max(config.moe.num_experts, 1), device=zero.device)
+    load = torch.zeros(max(config.moe.num_choices, 1), device=zero.device)
     for step in steps:
         if step.router is None or step.experts is None:
             continue
@@ -139,7 +141,7 @@ def router_losses(config: LiquidConfig, steps: list[Step]) -> tuple[Tensor, Tens
         return zero, zero, None
     count = count.clamp(min=1)
     load = load / load.sum().clamp(min=1)
-    switch = config.moe.num_experts * (load * probability / count).sum()
+    switch = config.moe.num_choices * (load * probability / count).sum()
     return switch, z / count, load
 
 

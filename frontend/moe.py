@@ -59,7 +59,7 @@ class MixtureOfExperts(nn.Module):
         super().__init__()
         moe, hidden = config.moe, config.hidden_size
         self.config = moe
-        self.gate = ExpertRouter(hidden, moe.num_experts, moe.router_bias, moe.selection_bias)
+        self.gate = ExpertRouter(hidden, moe.num_choices, moe.router_bias, moe.selection_bias)
         self.experts = Experts(moe.num_experts, hidden, config.expert_width)
         self.shared_expert = None
         self.shared_expert_gate = None
@@ -90,7 +90,15 @@ class MixtureOfExperts(nn.Module):
             scaling=moe.routed_scaling_factor,
         )
         weights = (self.experts.gate_up_proj, self.experts.down_proj)
-        y = protocol.dispatch(x, index, weight, glu_expert, weights, apply=moe.apply)
+        y = protocol.dispatch(
+            x,
+            index,
+            weight,
+            glu_expert,
+            weights,
+            apply=moe.apply,
+            identity=moe.num_zero_experts,
+        )
         if self.shared_expert is not None:
             shared = self.shared_expert(x)
             if self.shared_expert_gate is not None:

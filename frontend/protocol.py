@@ -230,12 +230,14 @@ def dispatch(
     params: Sequence[Tensor] | Sequence[Sequence[Tensor]],
     *,
     apply: str = "output",
+    identity: int = 0,
 ) -> Tensor:
     """Run the chosen experts on x [..., D] and add up their weighted results, [..., D].
 
     index and weight [..., k] as from `route`. `body(rows [N, D], *params)` is a plain function
     decorated with `@protocol.expert`; it is traced once for all experts. `params` are tensors with
-    the experts in front ([E, ...] each), or one tuple of tensors for each expert.
+    the experts in front ([E, ...] each), or one tuple of tensors for each expert. The `identity`
+    numbers behind them are experts that give back their input.
 
     Raises:
         InputError: `body` is not decorated.
@@ -249,7 +251,7 @@ def dispatch(
         width = len(params[0])
     if is_exporting():
         site = ops.site_name(body, width)
-        return torch.ops.liquid.dispatch(x, index, weight, flat, site, apply)
+        return torch.ops.liquid.dispatch(x, index, weight, flat, site, apply, identity)
     return ops.dispatch(x, index, weight, body, ops.by_expert(flat, width), apply)
 
 

@@ -59,14 +59,17 @@ def _dispatch(imp: Importer, node: fx.Node) -> Value:
     """Experts as a chain of conditional regions, one for each expert.
 
     %sum1 = if any(%used) { yield %sum0 + where(%used, %share * expert(%x), 0) } else { %sum0 }
+
+    The region of an identity expert has %x in the place of expert(%x).
     """
-    x, index, weight, params, site, apply = imp.resolve(node.args)
+    x, index, weight, params, site, apply, identity = imp.resolve(node.args)
     name, _, width = site.rpartition(":")
     experts = _by_expert(imp, params, int(width))
     tokens = _on_meta(x.type, [5 + i for i in range(x.type.rank)])
     body = _body(name, tokens, tuple(value.type for value in experts[0][1]))
     total = imp.fill(0.0, x.type)
-    for expert, (selected, _) in enumerate(experts):
+    selections = [selected for selected, _ in experts]
+    for expert, selected in enumerate([*selections, *[None] * identity]):
         used = imp.emit(ops.ExpertMask(index, expert=expert), node).y
         any_used = imp.emit(ops.Any(used, dims=tuple(range(used.type.rank))), node).result
         label = f"{imp.part.label}/expert{expert}"
@@ -74,8 +77,10 @@ def _dispatch(imp: Importer, node: fx.Node) -> Value:
         share = inner.emit(ops.ExpertWeight(index, weight, expert=expert), node).y
         share = inner.cast(inner.reshape(share, (*share.shape, 1)), x.dtype)
         inputs = inner.emit(ops.Mul(x, share), node).y if apply == "input" else x
-        weights = [value if isinstance(value, Value) else inner.weight(value) for value in selected]
-        y = _inline(inner, body, [inputs, *weights])
+        y = inputs
+        if selected is not None:
+            weights = [v if isinstance(v, Value) else inner.weight(v) for v in selected]
+            y = _inline(inner, body, [inputs, *weights])
         y = y if apply == "input" else inner.emit(ops.Mul(y, share), node).y
         seen = inner.reshape(used, (*used.shape, 1))
         kept = inner.emit(ops.Where(seen, y, inner.scalar(0.0, x.dtype)), node).y

@@ -64,25 +64,24 @@ def dispatch(
     """Σ over slots of weight · body(x), shape of x; only experts that a token chose run.
 
     x [..., D]; index i64[..., k], -1 = no expert; weight f32[..., k]; `params` holds the tensors
-    of each expert. With apply "input" the weight multiplies the expert's input instead.
+    of each expert; an index behind them is an identity expert, which adds weight · x. With apply
+    "input" the weight multiplies the expert's input instead.
     """
     slots = index.shape[-1]
     flat = x.reshape(-1, x.shape[-1])
     order = index.reshape(-1).sort(stable=True)
-    counts = torch.bincount(order.values + 1, minlength=len(params) + 1).tolist()
-    order = order.indices[counts[0] :]
+    nobody, *counts = torch.bincount(order.values + 1, minlength=len(params) + 1).tolist()
+    order = order.indices[nobody:]
     if not len(order):
         return torch.zeros_like(x)
     token = order // slots
     factor = weight.reshape(-1)[order].unsqueeze(-1).to(x.dtype)
     rows = flat.index_select(0, token)
     rows = rows * factor if apply == "input" else rows
-    parts = [
-        body(part, *mine)
-        for part, mine in zip(rows.split(counts[1:]), params, strict=True)
-        if len(part)
-    ]
-    result = torch.cat(parts)
+    sizes = counts[: len(params)]
+    *parts, unchanged = rows.split([*sizes, len(rows) - sum(sizes)])
+    done = [body(part, *own) for part, own in zip(parts, params, strict=True) if len(part)]
+    result = torch.cat([*done, unchanged])
     result = result if apply == "input" else result * factor
     return torch.zeros_like(flat).index_add(0, token, result).view_as(x)
 
@@ -129,7 +128,13 @@ def by_expert(params: Sequence[Tensor], width: int) -> list[tuple[Tensor, ...]]:
 
 
 def _dispatch_op(
-    x: Tensor, index: Tensor, weight: Tensor, params: list[Tensor], site: str, apply: str
+    x: Tensor,
+    index: Tensor,
+    weight: Tensor,
+    params: list[Tensor],
+    site: str,
+    apply: str,
+    identity: int,
 ) -> Tensor:
     body, mine = open_site(site, params)
     return dispatch(x, index, weight, body, mine, apply)
@@ -184,7 +189,8 @@ _define(
 )
 _define(
     "dispatch",
-    "(Tensor x, Tensor index, Tensor weight, Tensor[] params, str site, str apply) -> Tensor",
+    "(Tensor x, Tensor index, Tensor weight, Tensor[] params, str site, str apply, "
+    "int identity) -> Tensor",
     _dispatch_op,
     _as_first,
 )

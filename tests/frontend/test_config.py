@@ -76,6 +76,7 @@ INTEGERS = {
     "depth_gate.adapter_intermediate_size": 0,
     "depth_gate.reserved_initial_tokens": -1,
     "moe.num_experts": -1,
+    "moe.num_zero_experts": -1,
     "moe.num_experts_per_tok": 0,
     "moe.moe_intermediate_size": 0,
     "moe.n_group": 0,
@@ -112,7 +113,6 @@ WRONG = {
     "depth_gate.decision": ["predictor"],
     "depth_gate.phases": ["decode", "prefill"],
     "depth_gate.block_size": [2, True],
-    "moe.num_zero_experts": [1, False],
     "moe.expert_bias": [True, 0],
     "moe.expert_act": ["gptoss_glu"],
     "torch_dtype": ["float8"],
@@ -151,6 +151,10 @@ CONTRADICTIONS: dict[str, dict[str, Any]] = {
         "moe.num_experts": 0,
         "moe.shared_intermediate_size": 8,
     },
+    "moe.num_zero_experts is 2; it must be 0 with num_experts 0": {
+        "moe.num_experts": 0,
+        "moe.num_zero_experts": 2,
+    },
     "intermediate_size is None; it must be given": {"intermediate_size": None},
     "max_position_embeddings is 3; it must be at least depth_gate.reserved": {
         "max_position_embeddings": 3,
@@ -182,7 +186,15 @@ CONTRADICTIONS: dict[str, dict[str, Any]] = {
         "depth_gate.scope": "attn",
     },
     "moe.num_experts_per_tok is 5; it must be at most num_experts": {"moe.num_experts_per_tok": 5},
+    "moe.num_experts_per_tok is 7; it must be at most num_experts + num_zero_experts (6)": {
+        "moe.num_experts_per_tok": 7,
+        "moe.num_zero_experts": 2,
+    },
     "moe.n_group is 3; it must be a divisor of num_experts": {"moe.n_group": 3},
+    "moe.n_group is 4; it must be a divisor of num_experts + num_zero_experts (6)": {
+        "moe.n_group": 4,
+        "moe.num_zero_experts": 2,
+    },
     "moe.topk_group is 2; it must be at most n_group": {"moe.topk_group": 2},
     "moe.topk_group is not given; it must be enough groups": {"moe.n_group": 4},
     "moe.group_score is 'top2sum'; it must be max": {
@@ -226,6 +238,12 @@ ROUND_TRIPS: list[dict[str, Any]] = [
     {"depth_gate.skip_path": "adapter", "depth_gate.skip_scale": "one_minus_prob"},
     {"depth_gate.exec_scale": "logit", "depth_gate.exec_scale_alpha": 0.1},
     {"moe.layers": [0, 3], "moe.n_group": 2, "moe.topk_group": 2, "moe.score": "sigmoid"},
+    {
+        "moe.num_zero_experts": 2,
+        "moe.num_experts_per_tok": 5,
+        "moe.n_group": 3,
+        "moe.topk_group": 3,
+    },
     {"rope_parameters": {"rope_type": "default", "rope_theta": 500.0}},
     {"depth_gate.layers": [], "moe.num_experts": 0},
 ]

@@ -23,7 +23,7 @@ CHOSEN: dict[str, tuple[Any, ...]] = {
 }
 """Values of the gate's fields that span the grid."""
 
-SIZES = ("moe_intermediate_size", "shared_intermediate_size")
+SIZES = ("moe_intermediate_size", "shared_intermediate_size", "num_zero_experts")
 FACTORS = ("n_group", "topk_group", "routed_scaling_factor")
 
 MOE_VALUES: dict[str, tuple[Any, ...]] = {

@@ -135,7 +135,8 @@ EXPERTS: dict[str, dict[str, Any]] = {
         "layers": [0, 1, 2],
     },
     "sigmoid_sum": {
-        "num_experts": 7,
+        "num_experts": 5,
+        "num_zero_experts": 2,
         "num_experts_per_tok": 3,
         "score": "sigmoid",
         "renorm_eps": 0.5,
@@ -143,9 +144,20 @@ EXPERTS: dict[str, dict[str, Any]] = {
         "router_bias": True,
         "selection_bias": True,
     },
+    "longcat": {
+        "num_experts": 4,
+        "num_zero_experts": 4,
+        "num_experts_per_tok": 3,
+        "post": "none",
+        "selection_bias": True,
+        "routed_scaling_factor": 6.0,
+        "moe_intermediate_size": 20,
+        "layers": [0, 2, 3],
+    },
 }
 """Feed-forwards: the router families of the generic router, each with something of its own."""
-
+UNGATED = ("dense", "mixtral", "llama4", "deepseek_v2", "glm", "qwen2", "longcat")
+"""Families of the models without gates; the last one is theirs alone."""
 
 RESEEDED = {
     3: 4103,
@@ -283,7 +295,7 @@ class Case:
 
 
 def grid() -> list[Case]:
-    """The 36 gated models and six without gates, in a fixed order with fixed seeds.
+    """The 36 gated models and seven without gates, in a fixed order with fixed seeds.
 
     The scale, the skip path and the place of the gates follow Latin squares, so that every pair
     of policy and scope, and of scope and target, meets each of them.
@@ -294,7 +306,8 @@ def grid() -> list[Case]:
         for name, values in GATED_FIELDS.items()
     }
     models = {name: _alternate(name, values, len(points)) for name, values in MODEL_FIELDS.items()}
-    experts = _alternate("experts", tuple(EXPERTS), len(points))
+    families = tuple(name for name in EXPERTS if name != UNGATED[-1])
+    experts = _alternate("experts", families, len(points))
     cases: list[Case] = []
     for i, (policy, scope, target) in enumerate(points):
         model = _model({name: values[i] for name, values in models.items()})
@@ -312,7 +325,7 @@ def grid() -> list[Case]:
         name = f"{POLICIES[policy]}-{SCOPES[scope]}-{TARGETS[target]}-{experts[i]}"
         config = {**model, "depth_gate": _consistent(gate), "moe": EXPERTS[experts[i]]}
         cases.append(Case(name, config, RESEEDED.get(i, 100 + i)))
-    for i, family in enumerate(("dense", "mixtral", "llama4", "deepseek_v2", "glm", "qwen2")):
+    for i, family in enumerate(UNGATED):
         model = _model({name: values[i] for name, values in models.items()})
         cases.append(Case(f"ungated-{family}", {**model, "moe": EXPERTS[family]}, 200 + i))
     return cases

@@ -229,6 +229,9 @@ class Oracle:
         experts, weights, margin = route(logits, moe, selection_bias)
         y = np.zeros_like(z)
         for expert, weight in zip(experts, weights, strict=True):
+            if expert >= moe["num_experts"]:
+                y = y + weight * z
+                continue
             before, after = (weight, 1.0) if moe["apply"] == "input" else (1.0, weight)
             gate, up = np.split(
                 self.weights[f"{name}.experts.gate_up_proj"][expert] @ (before * z), 2

@@ -79,9 +79,10 @@ def shapes(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
             swiglu(f"{layer}.mlp", ff)
             continue
         width = moe["moe_intermediate_size"] or ff
-        linear(f"{layer}.mlp.gate", experts, d, moe["router_bias"])
+        choices = experts + moe["num_zero_experts"]
+        linear(f"{layer}.mlp.gate", choices, d, moe["router_bias"])
         if moe["selection_bias"]:
-            found[f"{layer}.mlp.gate.e_score_correction_bias"] = (experts,)
+            found[f"{layer}.mlp.gate.e_score_correction_bias"] = (choices,)
         found[f"{layer}.mlp.experts.gate_up_proj"] = (experts, 2 * width, d)
         found[f"{layer}.mlp.experts.down_proj"] = (experts, d, width)
         if moe["shared_intermediate_size"]:

@@ -86,6 +86,23 @@ def test_forced_skip_is_the_model_of_the_other_layers(case: Case) -> None:
     np.testing.assert_array_equal(skipped.logits, rest.logits)
 
 
+def test_identity_experts_add_their_input() -> None:
+    """With experts that compute 0, the feed-forward is the input times the identity shares."""
+    case = next(case for case in GRID if case.name == "ungated-longcat")
+    still = {n: 0 * w if n.endswith("down_proj") else w for n, w in case.weights().items()}
+    oracle, seen = Oracle(case.config, still), set[int]()
+    for z in np.random.default_rng(0).standard_normal((50, case.config["hidden_size"])):
+        logits = oracle.linear("model.layers.0.mlp.gate", z)
+        bias = oracle.weights["model.layers.0.mlp.gate.e_score_correction_bias"]
+        experts, weights, _ = route(logits, oracle.moe, bias)
+        share = sum(w for e, w in zip(experts, weights, strict=True) if e >= 4)
+        y, chosen, _ = oracle.feed_forward(0, z)
+        assert chosen == experts
+        np.testing.assert_allclose(y, share * z, rtol=1e-12)
+        seen.add(sum(e >= 4 for e in experts))
+    assert seen == {1, 2}
+
+
 def test_softmax_topk_renorm_is_topk_softmax() -> None:
     """Mixtral's router is Granite's (spec 5.6 number 5), alone and inside a model."""
     logits = np.random.default_rng(0).standard_normal((50, 8))
