@@ -33,6 +33,10 @@ class Corpus:
     topics: tuple[str, ...]
     heldout_topics: tuple[str, ...]
 
+    def to_profile(self) -> bytes:
+        """64 KiB of training text, a quarter of it arithmetic: `samples/corpus.txt`."""
+        return bytes([*self.prose[: 48 * 1024].tolist(), *self.arithmetic[: 16 * 1024].tolist()])
+
 
 def as_bytes(text: str) -> Tensor:
     """Text as UTF-8 bytes u8[N]; a byte is a token."""

@@ -75,6 +75,7 @@ def test_heldout_text_is_not_trained_on() -> None:
     long = [line for line in corpus.heldout.splitlines() if len(line) > 40]
     assert len(long) > 300
     assert not [line for line in long if line in train]
+    assert corpus.to_profile() == (SAMPLE.parent / "corpus.txt").read_bytes()
 
 
 @pytest.mark.parametrize("text", ["", "plain", "ünïcode → 🙂", "a\tb\n\r\n", "\x00\x7f"])
