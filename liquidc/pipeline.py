@@ -45,7 +45,7 @@ if TYPE_CHECKING:
     import torch
 
 IR_SUFFIX = ".ir"
-WHOLE = ("hoist-common", "group-experts")
+WHOLE = ("hoist-common", "group-experts", "order-experts")
 """After these passes a layer is still one conditional with one op for its experts."""
 FEWER_EXPERTS = ("prune-experts", "merge-experts")
 """After these passes the profile speaks of other experts."""
