@@ -7,7 +7,13 @@ from typing import cast
 
 from liquidc.errors import InternalError
 from liquidc.ir import Function, Module, Value, ops
-from liquidc.ir.experts import layers_of_experts, places_of_experts, routers_by_layer
+from liquidc.ir.experts import (
+    Holder,
+    identity_experts,
+    layers_of_experts,
+    places_of_experts,
+    routers_by_layer,
+)
 from liquidc.ir.types import TensorType
 from liquidc.ir.weights import sizes
 from liquidc.manifest import (
@@ -104,17 +110,16 @@ def _lowering(mask: Value) -> str:
 def _experts(main: Function) -> tuple[ExpertInfo, ...]:
     """Experts by layer: the router behind each row of the result `experts`."""
     layers = layers_of_experts(main)
-    shared = {
-        layer: sizes(op.index.shape[-1:])[0]
-        for op, layer in layers.items()
-        if isinstance(op, ops.MapExperts | ops.GroupedExperts)
-    }
+    holders = {layer: op for op, layer in layers.items() if isinstance(op, Holder)}
     stored, infos = places_of_experts(main), list[ExpertInfo]()
     for layer, (route, *_) in routers_by_layer(main).items():
         count = cast(int, route.logits.shape[-1])
-        slots = shared.get(layer, route.k)
+        shared = identity = 0
+        if (holder := holders.get(layer)) is not None:
+            shared = sizes(holder.index.shape[-1:])[0] - route.k
+            identity = identity_experts(holder)
         places = stored.get(layer, ())
-        infos.append(ExpertInfo(layer, count, route.k, shared=slots - route.k, places=places))
+        infos.append(ExpertInfo(layer, count, route.k, shared, places, identity))
     return tuple(infos)
 
 

@@ -72,7 +72,8 @@ class ExpertInfo:
 
     `shared` further experts, numbered after the others, are used by every token: a shared expert
     that was fused with them. `places` says, by the number that results give an expert, which of the
-    engine's experts computes it; it is empty where that is the same number.
+    engine's experts computes it; it is empty where that is the same number. The last `identity` of
+    the experts give back their input: nothing computes them.
     """
 
     layer: int
@@ -80,6 +81,7 @@ class ExpertInfo:
     per_token: int
     shared: int = 0
     places: tuple[int, ...] = ()
+    identity: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,10 +15,10 @@ from liquidc import facts
 from liquidc.errors import InputError
 from liquidc.inputs import ModelInput
 from liquidc.ir import Op, Value, ops
-from liquidc.ir.experts import layers_of_experts
+from liquidc.ir.experts import experts_held, identity_experts, layers_of_experts
 from liquidc.ir.interpreter import Frame, Interpreter
 from liquidc.ir.rewriter import Statistics
-from liquidc.ir.semantics import router_scores
+from liquidc.ir.semantics import expert_weight, router_scores
 from liquidc.ir.weights import torch_dtype
 from liquidc.manifest import ModelInfo
 from liquidc.passes.registry import DEFAULT_PIPELINE
@@ -174,11 +174,15 @@ class _Watching(Interpreter):
         total = weight.sum(-1).double()
         scale = torch.where(total > 0, 1 / total, 0.0) if op.apply == "output" else total * 0 + 1
         sums: list[int] = []
-        for expert in range(frame.values[op.gate_up].shape[0]):
+        held = experts_held(op)
+        for expert in range(held):
             frame.values[op.index] = torch.where(index == expert, index, -1)
             (y,) = Interpreter._op(self, op, frame)
             sums.append(units(y.double().norm(dim=-1) * scale))
         frame.values[op.index] = index
+        size = frame.values[op.x].double().norm(dim=-1) * scale
+        for expert in range(held, held + identity_experts(op)):
+            sums.append(units(expert_weight(index, weight, expert).double().abs() * size))
         return sums
 
 

@@ -3,8 +3,8 @@
 Both sides are integers over the same run. The gates' side sums the tokens that each gate let run;
 the trace's side sums the rows that the work behind that gate computed, as the profiler recorded
 them. Equal sums per gate mean that a skipped token cost no row of work. Experts likewise: tokens
-sent to an expert against rows that it computed. To a shared expert that was fused with the others
-go all tokens that run the layer.
+sent to an expert against rows that it computed; identity experts compute none. To a shared expert
+that was fused with the others go all tokens that run the layer.
 """
 
 from __future__ import annotations
@@ -102,7 +102,7 @@ def prove(
                 computed[gate] += _computed(decided, lowering[gate])
         for info in engine.manifest.model.experts:
             chosen, counter = result.experts[info.layer], experts[info.layer]
-            used = (int(e) for e in chosen.ravel() if e >= 0)
+            used = (int(e) for e in chosen.ravel() if 0 <= e < info.experts - info.identity)
             counter.update(info.places[e] if info.places else e for e in used)
             ran = int((chosen >= 0).any(-1).sum())
             counter.update({info.experts + slot: ran for slot in range(info.shared)})

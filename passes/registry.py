@@ -10,6 +10,7 @@ from liquidc.passes.eliminate_dead import EliminateDead
 from liquidc.passes.fix_depth import FixDepth
 from liquidc.passes.fix_gates import FixGates
 from liquidc.passes.fold_constants import FoldConstants
+from liquidc.passes.fold_identity_experts import FoldIdentityExperts
 from liquidc.passes.fold_router import FoldRouter
 from liquidc.passes.fuse_linear import FuseLinear
 from liquidc.passes.fuse_shared_experts import FuseSharedExperts
@@ -32,6 +33,7 @@ PASSES: dict[str, type[Pass]] = {
         FixDepth,
         FixGates,
         FoldConstants,
+        FoldIdentityExperts,
         FoldRouter,
         FuseLinear,
         FuseSharedExperts,
@@ -50,6 +52,7 @@ DEFAULT_PIPELINE = (
     "fold-constants",
     "eliminate-common",
     "hoist-common",
+    "fold-identity-experts",
     "stack-experts",
     "group-experts",
     "fuse-shared-experts",

@@ -9,13 +9,13 @@ from typing import Any, cast
 
 from liquidc.errors import InputError
 from liquidc.ir import Block, Function, Module, Op, Value, ops
+from liquidc.ir.experts import Holder, experts_held
 from liquidc.ir.rewriter import Refusal, Rewriter, Statistics
 from liquidc.ir.weight_maths import Take
 from liquidc.passes.base import Pass
 from liquidc.passes.fold_constants import declare
 from liquidc.profile import ExpertProfile, Profile
 
-Holder = ops.GroupedExperts | ops.MapExperts
 Readers = Mapping[ops.Route, list[Op]]
 _NUMBERED = (ops.GroupedExperts, ops.MapExperts, ops.ExpertMask, ops.ExpertWeight)
 """Ops for which an expert's number means its weights."""
@@ -124,7 +124,10 @@ def change_layers(
             for route in routes:
                 _check_profiled(route, experts, rw)
                 rw.check(route not in changed, "its experts have other numbers already")
-            said.append(change(experts, [routed(route, users, rw) for route in routes], rw))
+            parts = [routed(route, users, rw) for route in routes]
+            for part in parts:
+                _check_weights(part, rw)
+            said.append(change(experts, parts, rw))
             statistics.fired[step.name] += 1
         except Refusal as refusal:
             statistics.refuse(step.name, routes[0], refusal)
@@ -136,6 +139,12 @@ def _check_profiled(route: ops.Route, experts: ExpertProfile, rw: Rewriter) -> N
     count, k = route.logits.shape[-1], route.k
     same = (count, k) == (len(experts.load), experts.per_token)
     rw.check(same, f"the profile is of {len(experts.load)} experts, not {count}")
+
+
+def _check_weights(one: Routed, rw: Rewriter) -> None:
+    """Refuse identity experts, which have no weights to order, to leave out or to merge."""
+    held, count = experts_held(one.holder), one.route.logits.shape[-1]
+    rw.check(held == count, f"its router chooses among {count} experts, {held} have weights")
 
 
 def readers(module: Module) -> Readers:

@@ -11,6 +11,7 @@ from liquidc.ir import weights as lazy
 from liquidc.ir.rewriter import Refusal, Rewriter, Statistics
 from liquidc.passes.base import Pass, PassContext
 from liquidc.passes.eliminate_common import signature
+from liquidc.passes.expert_regions import is_region, next_region, region_of
 from liquidc.passes.fold_constants import declare, splat
 
 
@@ -68,19 +69,13 @@ class _Region:
 
 def _is_first(op: ops.If) -> bool:
     ends = op.otherwise.terminator.operands
-    return "/expert" in op.label and len(ends) == 1 and splat(ends[0]) == 0
+    return is_region(op) and len(ends) == 1 and splat(ends[0]) == 0
 
 
 def _stack(module: Module, block: Block, first: ops.If) -> None:
     rw = Rewriter(block, [])
     chain = [_take_apart(first, rw)]
-    while len(users := list(chain[-1].op.results[0].uses)) == 2:
-        owners = {id(user.parent.parent): user.parent.parent for user in users if user.parent}
-        following = next(iter(owners.values())) if len(owners) == 1 else None
-        if not isinstance(following, ops.If) or "/expert" not in following.label:
-            break
-        if following.parent is not block:
-            break
+    while (following := next_region(chain[-1].op)) is not None:
         chain.append(_take_apart(following, rw))
     count = len(chain)
     rw.check(count > 1, "there is only one expert")
@@ -114,24 +109,17 @@ def _stack(module: Module, block: Block, first: ops.If) -> None:
 
 def _take_apart(op: ops.If, rw: Rewriter) -> _Region:
     """The parts of `total + where(used, [share ·] y, 0)`."""
-    any_used = rw.need(op.cond.op, ops.Any, "the condition is not any(...)")
-    used = rw.need(any_used.x.op, ops.ExpertMask, "the condition is no expert's mask")
+    region = region_of(op, rw)
+    expert, kept = region.used.expert, region.added
     inside = {id(inner) for inner in op.then.ops}
-    (end,) = op.then.terminator.operands
-    total = rw.need(end.op, ops.Add, "the region does not add to a total")
-    rw.check(op.otherwise.terminator.operands == [total.a], "skipping changes the total")
-    kept = rw.need(total.b.op, ops.Where, "what is added is not masked")
-    rw.check(splat(kept.b) == 0, "what is added elsewhere is not 0")
-    mask = rw.need(kept.mask.op, ops.Reshape, "the mask is no reshape")
-    rw.check(mask.x is used.y, "the mask is another one")
-    scaled = kept.a.op
-    share = _share(scaled.b, used.expert) if isinstance(scaled, ops.Mul) else None
-    apply, y = ("output", cast(ops.Mul, scaled).a) if share else ("input", kept.a)
+    scaled = kept.op
+    share = region.share(scaled.b) if isinstance(scaled, ops.Mul) else None
+    apply, y = ("output", cast(ops.Mul, scaled).a) if share else ("input", kept)
     body: list[Op] = []
     x: Value | None = None
     for inner in op.then.ops:
         if apply == "input" and isinstance(inner, ops.Mul) and x is None:
-            share = share or _share(inner.b, used.expert)
+            share = share or region.share(inner.b)
             x = inner.y if share else None
     share = rw.need(share, ops.ExpertWeight, "no weight of the expert is applied")
     body = _between(y, inside, x)
@@ -142,16 +130,8 @@ def _take_apart(op: ops.If, rw: Rewriter) -> _Region:
     source = next(iter(read)) if x is None else cast(ops.Mul, x.op).a
     rw.check(y.dtype == source.dtype, "the body computes in another type than its tokens")
     return _Region(
-        op, share.index, share.weight, source, apply, used.expert, tuple(body), y, total.a
+        op, share.index, share.weight, source, apply, expert, tuple(body), y, region.total
     )
-
-
-def _share(value: Value, expert: int) -> ops.ExpertWeight | None:
-    """The expert's weight that `value` is a reshape of."""
-    op = value.op
-    while isinstance(op, ops.Reshape | ops.Cast):
-        op = op.x.op
-    return op if isinstance(op, ops.ExpertWeight) and op.expert == expert else None
 
 
 def _between(y: Value, inside: set[int], x: Value | None) -> list[Op]:

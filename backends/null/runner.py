@@ -12,11 +12,11 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from liquidc.backends.base import Arrays, Cache, Guard, Runner, Trace
+from liquidc.backends.base import Arrays, Cache, Guard, Runner, Trace, path_gates
 from liquidc.backends.weights_file import NAME, WeightsFile
 from liquidc.errors import InternalError
 from liquidc.ir import Module, Op, ops, parse_module, verify
-from liquidc.ir.experts import layers_of_experts
+from liquidc.ir.experts import experts_held, layers_of_experts
 from liquidc.ir.interpreter import Frame, Interpreter
 from liquidc.ir.types import DType
 from liquidc.ir.weights import torch_dtype
@@ -129,7 +129,8 @@ class _CountingRunner(NullRunner):
             for function in module.functions.values()
             for op, layer in layers_of_experts(function).items()
         }
-        return _Counting(module, weights, gate_of=gate_of, layer_of=layer_of)
+        path = path_gates(self._manifest)
+        return _Counting(module, weights, gate_of=gate_of, layer_of=layer_of, path=path)
 
     def trace(self) -> Trace:
         """What was counted."""
@@ -154,9 +155,18 @@ class _Counting(Interpreter):
     layer_of: dict[Op, int] = field(default_factory=dict[Op, int])
     rows: Counter[int] = field(default_factory=Counter[int])
     experts: dict[int, Counter[int]] = field(default_factory=dict[int, Counter[int]])
+    path: Sequence[int] = ()
     last: int = 0
 
     def _op(self, op: Op, frame: Frame) -> Sequence[torch.Tensor]:
+        if isinstance(op, ops.If) and op.label == "path" and bool(frame.values[op.cond]):
+            before = {layer: Counter(counts) for layer, counts in self.experts.items()}
+            outputs = Interpreter._op(self, op, frame)
+            if bool(outputs[0]):  # the path was right
+                self.rows.update(self.path)
+            else:
+                self.experts = before
+            return outputs
         gate = self.gate_of.get(op.label) if isinstance(op, ops.If) else None
         if isinstance(op, ops.If) and gate is not None and bool(frame.values[op.cond]):
             self.last = 0
@@ -169,5 +179,6 @@ class _Counting(Interpreter):
         if isinstance(op, _Experts) and op in self.layer_of:
             chosen = frame.values[op.index]
             counter = self.experts.setdefault(self.layer_of[op], Counter())
-            counter.update(int(expert) for expert in chosen.reshape(-1) if expert >= 0)
+            held = experts_held(op)
+            counter.update(int(expert) for expert in chosen.reshape(-1) if 0 <= expert < held)
         return Interpreter._op(self, op, frame)

@@ -57,6 +57,7 @@ class OnnxRuntimeFixedBackend(OnnxRuntimeBackend):
         "fold-constants",
         "eliminate-common",
         "hoist-common",
+        "fold-identity-experts",
         "stack-experts",
         "group-experts",
         "fix-depth",

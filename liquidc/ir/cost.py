@@ -2,7 +2,7 @@
 
 Counted are the weights and keys that are read and the FLOPs of matrix products, two for each
 multiply-add; norms, elementwise maths and softmax are not. Experts count with the k of E that a
-token uses.
+token uses; identity experts are free, and taken to be chosen as often as the others.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from typing import NamedTuple, cast
 
 from liquidc.ir import ops
 from liquidc.ir.core import Block, Function, Module, Op, Value
+from liquidc.ir.experts import experts_used
 from liquidc.ir.weights import sizes
 
 _LAYER = re.compile(r"layer(\d+)(/attn|/ffn)?")
@@ -153,7 +154,7 @@ class _Counter:
             return total // rows[0]
         if isinstance(user, ops.MapExperts | ops.GroupedExperts):
             held = weight not in (user.x, user.index, user.weight)
-            return total * min(_slots(user), rows[0]) // rows[0] if held else total
+            return int(total * experts_used(user) / rows[0]) if held else total
         where = self._where[user]
         return total * where.used // where.experts
 
@@ -195,16 +196,11 @@ def product(op: Op) -> Cost | None:
         return Cost(key_bytes=2 * prod(stored) * op.key.dtype.bytes, key_flops=4 * heads * width)
     if isinstance(op, ops.GroupedExperts):
         each = sum(prod(sizes(weight.shape[1:])) for weight in (op.gate_up, op.down))
-        return Cost(flops=2 * _slots(op) * each)
+        return Cost(flops=int(2 * experts_used(op) * each))
     if isinstance(op, ops.MapExperts):
         inside = [cost for o in op.body.walk() if (cost := product(o)) is not None]
-        return Cost(flops=_slots(op) * sum(cost.flops for cost in inside))
+        return Cost(flops=int(experts_used(op) * sum(cost.flops for cost in inside)))
     return None
-
-
-def _slots(op: ops.MapExperts | ops.GroupedExperts) -> int:
-    """The experts that a token uses."""
-    return sizes(op.index.shape[-1:])[0]
 
 
 def _known_size(value: Value) -> int:

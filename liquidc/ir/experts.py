@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Sequence
+from fractions import Fraction
 
 from liquidc.ir import ops
 from liquidc.ir.core import Function, Op, Value
 from liquidc.ir.weights import sizes
+
+Holder = ops.GroupedExperts | ops.MapExperts
 
 
 def routers_by_layer(function: Function) -> dict[int, list[ops.Route]]:
@@ -26,7 +29,7 @@ def layers_of_experts(function: Function) -> dict[Op, int]:
         route: layer for layer, routes in routers_by_layer(function).items() for route in routes
     }
     for op in function.body.walk():
-        if isinstance(op, ops.GroupedExperts | ops.MapExperts):
+        if isinstance(op, Holder):
             layer = next((layers[r] for r in _behind(op.index) if r in layers), None)
             if layer is not None:
                 layers[op] = layer
@@ -41,13 +44,37 @@ def places_of_experts(function: Function) -> dict[int, tuple[int, ...]]:
     layers, rows = layers_of_experts(function), _rows(function)
     found: dict[int, tuple[int, ...]] = {}
     for op, layer in layers.items():
-        if isinstance(op, ops.GroupedExperts | ops.MapExperts):
+        if isinstance(op, Holder):
             reported = _behind(rows[layer])
             for route, stored in _behind(op.index).items():
                 places = dict(zip(reported.get(route, ()), stored, strict=False))
                 if any(number != place for number, place in places.items()):
                     found[layer] = tuple(places.get(n, n) for n in range(len(stored)))
     return found
+
+
+def experts_held(op: Holder) -> int:
+    """How many experts the weights of an op are of."""
+    return sizes((op.params[0] if isinstance(op, ops.MapExperts) else op.down).shape[:1])[0]
+
+
+def identity_experts(op: Holder) -> int:
+    """How many of the numbers that a router gives an op are of no weights: identity experts."""
+    held = experts_held(op)
+    return max((sum(n >= held for n in ns) for ns in _behind(op.index).values()), default=0)
+
+
+def experts_used(op: Holder) -> Fraction:
+    """The experts with weights that one token uses.
+
+    Identity experts, if there are any, are taken to be chosen as often as the others.
+    """
+    slots = Fraction(sizes(op.index.shape[-1:])[0])
+    for route in _behind(op.index):
+        count = sizes(route.logits.shape[-1:])[0]
+        slots -= Fraction(route.k * identity_experts(op), count)
+        break
+    return min(slots, Fraction(experts_held(op)))
 
 
 def _rows(function: Function) -> list[Value]:

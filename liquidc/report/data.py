@@ -70,7 +70,7 @@ def report_data(
         "layers": prices.layers(),
         "gates": [_gate(manifest, profile, index) for index in range(len(gates))],
         "profile": None if profile is None else _profile(profile, prices),
-        "experts": [] if profile is None else _experts(profile, manifest.passes),
+        "experts": [] if profile is None else _experts(profile, manifest),
         "passes": [_pass(*pair) for pair in zip(records, passes, strict=True)],
         "fidelity": manifest.fidelity,
         "guard": manifest.artifact.get("guard"),
@@ -142,9 +142,10 @@ def _profile(profile: Profile, prices: Prices) -> dict[str, Any]:
     }
 
 
-def _experts(profile: Profile, passes: Sequence[PassInfo]) -> list[dict[str, Any]]:
+def _experts(profile: Profile, manifest: Manifest) -> list[dict[str, Any]]:
     """Load and pairs of each layer's experts, also in the order that `order-experts` chose."""
-    said = {p.name: {entry["layer"]: entry for entry in _layers(p)} for p in passes}
+    said = {p.name: {entry["layer"]: entry for entry in _layers(p)} for p in manifest.passes}
+    identity = {info.layer: info.identity for info in manifest.model.experts}
     found: list[dict[str, Any]] = []
     for experts in profile.experts:
         count = len(experts.load)
@@ -153,6 +154,7 @@ def _experts(profile: Profile, passes: Sequence[PassInfo]) -> list[dict[str, Any
             "per_token": experts.per_token,
             "tokens": experts.tokens,
             "load": list(experts.load),
+            "identity": identity.get(experts.layer, 0),
             "entropy_bits": None
             if experts.entropy is None or not experts.tokens
             else experts.entropy / UNIT / experts.tokens,

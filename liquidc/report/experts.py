@@ -39,6 +39,8 @@ def _card(index: int, layer: Data) -> str:
         )
     mean = sum(load) / len(load)
     told = [f"{tokens:,} tokens, {layer['per_token']} of {len(load)} experts each"]
+    if layer["identity"]:
+        told.append(f"the last {layer['identity']} give back their input and cost nothing")
     told.append(f"the most used has {number(max(load) / mean)} times the mean")
     if layer["entropy_bits"] is not None:
         told.append(f"router entropy {layer['entropy_bits']:.2f} bits")

@@ -23,16 +23,20 @@ class Routed:
 def mixture(b: Builder, x: Value, mask: Value, label: str) -> Routed:
     """Experts over the tokens of `mask`; the others get -1 and 0."""
     count = b.rng.choice((2, 4, 8))
-    index, weight = router(b, x, mask, count)
-    if b.chance(10):
-        table = [b.rng.randrange(count) for _ in range(count)]
-        index = b.add(ops.Renumber(index, table=table))
+    identity = 2 if b.chance(25) else 0
+    index, weight = router(b, x, mask, count + identity)
     apply = b.rng.choice(("output", "input"))
+    if b.chance(10):
+        table = [b.rng.randrange(count + identity) for _ in range(count + identity)]
+        if apply == "input":  # shares of one expert add up behind it, not before
+            b.rng.shuffle(table := [*range(count + identity)])
+        index = b.add(ops.Renumber(index, table=table))
     body = b.rng.choice(BODIES)
     stacks = [b.stack(count, *shape) for shape in body.shapes]
     form = b.rng.choice(("regions", "regions", "mapped", "grouped", "grouped"))
     if form == "regions":
-        y = _regions(b, x, index, weight, stacks, body, apply, label)
+        experts = [*zip(*stacks, strict=True), *[()] * identity]
+        y = _regions(b, x, index, weight, experts, body, apply, label)
     elif form == "mapped":
         y = _mapped(b, x, index, weight, stacks, body, apply)
     else:
@@ -129,20 +133,28 @@ def _regions(
     x: Value,
     index: Value,
     weight: Value,
-    stacks: Sequence[Sequence[str]],
+    experts: Sequence[Sequence[str]],
     body: Body,
     apply: str,
     label: str,
 ) -> Value:
+    """A region for each expert, by the names of its weights; one without any is the identity."""
     total = b.add(ops.Broadcast(b.scalar(0.0), shape=x.shape))
-    for expert in range(len(stacks[0])):
+    for expert, names in enumerate(experts):
         used = b.add(ops.ExpertMask(index, expert=expert))
 
-        def run(expert: int = expert, used: Value = used, total: Value = total) -> list[Value]:
+        def run(
+            expert: int = expert,
+            names: Sequence[str] = names,
+            used: Value = used,
+            total: Value = total,
+        ) -> list[Value]:
             share = b.add(ops.ExpertWeight(index, weight, expert=expert))
             share = b.reshape(share, "B", "T", 1)
-            params = [b.read(names[expert]) for names in stacks]
-            if apply == "input":
+            params = [b.read(name) for name in names]
+            if not params:
+                y = b.add(ops.Mul(x, share))
+            elif apply == "input":
                 y = body.emit(b, b.add(ops.Mul(x, share)), params)
             else:
                 y = b.add(ops.Mul(body.emit(b, x, params), share))

@@ -21,6 +21,7 @@ RULES = {
     "eliminate-common",
     "eliminate-dead",
     "fix-depth",
+    "fold-identity-experts",
     "fold-linear-chain",
     "fold-operation",
     "fold-two-logits",

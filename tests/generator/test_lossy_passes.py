@@ -19,7 +19,7 @@ from tests.generator.modules import Example, example
 from tests.generator.profiles import profile_of
 from tests.generator.test_properties import EXAMPLES, FEW, MANY
 
-BEFORE = ("fold-constants", "stack-experts", "group-experts")
+BEFORE = ("fold-constants", "fold-identity-experts", "stack-experts", "group-experts")
 RATIOS = (0.25, 0.5, 0.75)
 
 

@@ -17,6 +17,7 @@ from liquidc.passes import (
     eliminate_common,
     eliminate_dead,
     fold_constants,
+    fold_identity_experts,
     fold_router,
     fuse_linear,
     fuse_shared_experts,
@@ -107,6 +108,12 @@ def keeps_another_result(patch: Patch) -> None:
         return right(op, keep)
 
     patch.setattr(eliminate_dead, "drop_results", wrong)
+
+
+@mutation("fold-identity-experts")
+def forgets_the_last_identity_expert(patch: Patch) -> None:
+    right = fold_identity_experts._share
+    patch.setattr(fold_identity_experts, "_share", lambda head, last, rw: right(head, last - 1, rw))
 
 
 @mutation("fold-router")

@@ -24,10 +24,13 @@ FEW = (
     "drop-layer-both-deepseek_v2",
     "inherit-layer-both-granite",
     "tie-drop-ge",
+    "own-ffn-delta-sigmoid_sum",
+    "ungated-longcat",
 )
 """Every policy, gates of one and of two sublayers, weights on the input and the output.
 
-Shared experts as wide as the others, twice as wide with a share, and of other widths.
+Identity experts. Shared experts as wide as the others, twice as wide with a share, and of other
+widths.
 """
 
 

@@ -242,10 +242,11 @@ class ExpertWeight(Op, name="expert_weight", tokenwise=True):
 
 
 class MapExperts(Op, name="map_experts", tokenwise=True):
-    """`y = Σ_slots weight · body(x, params of the slot's expert)`; expert -1 adds nothing.
+    """`y = Σ_slots weight · body(x, params of the slot's expert)`.
 
-    x [..., D], index and weight [..., k]; each of `params` has the experts in front. `body` takes
-    x and one expert's params and is tokenwise. With `apply` "input" the weight multiplies x.
+    x [..., D], index and weight [..., k]; each of `params` has the experts in front. A number that
+    is no expert's, such as -1, adds nothing. `body` takes x and one expert's params and is
+    tokenwise. With `apply` "input" the weight multiplies x.
     """
 
     x: Value = operand()
@@ -431,6 +432,12 @@ def _check_experts(x: Value, index: Value, weight: Value, params: list[Value], a
         raise ValueError("every parameter must have the experts in front")
     if apply not in ("output", "input"):
         raise ValueError(f'apply is "output" or "input", not "{apply}"')
+    if (
+        apply == "input"
+        and isinstance(index.op, Renumber)
+        and len(set(index.op.table)) < len(index.op.table)
+    ):
+        raise ValueError("shares multiply what experts read, so no two numbers may become one")
     same_dtype(x, *params)
 
 
