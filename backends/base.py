@@ -115,6 +115,14 @@ class Trace:
     guard: Guard = field(default_factory=Guard)
 
 
+def path_gates(manifest: Manifest) -> list[int]:
+    """Gates whose work is done for one token whenever the expected path is right."""
+    guard: dict[str, Any] = manifest.artifact.get("guard", {})
+    digits = zip(guard.get("gates", ()), guard.get("path", ""), strict=True)
+    gates = manifest.model.gates
+    return [gate for gate, digit in digits if digit == "1" and gates[gate].lowering != "mask"]
+
+
 class Cache(Protocol):
     """The key/value cache of one session; what is inside belongs to the runner."""
 

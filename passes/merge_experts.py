@@ -71,6 +71,10 @@ class MergeExperts(Pass):
             rw.check(count < len(experts.load), "it has no experts to spare")
             grouped = all(isinstance(one.holder, ops.GroupedExperts) for one in found)
             rw.check(grouped, "its experts are not grouped: run group-experts before")
+            add_up = all(
+                one.holder.apply == "output" or one.holder.index.shape[-1] == 1 for one in found
+            )
+            rw.check(add_up, "its shares multiply what experts read: they don't add up")
             named = {(one.router, *map(weight_name, one.params)) for one in found}
             rw.check(len(named) == 1, "its weights differ from function to function")
             router, gate_up, down = (module.weights[name] for name in named.pop())

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from liquidc.backends.base import Arrays, Cache, Guard, Runner, Trace
+from liquidc.backends.base import Arrays, Cache, Guard, Runner, Trace, path_gates
 from liquidc.backends.weights_file import NAME, WeightsFile
 from liquidc.errors import InternalError
 from liquidc.ir import Module, Op, ops, parse_module, verify
@@ -129,7 +129,8 @@ class _CountingRunner(NullRunner):
             for function in module.functions.values()
             for op, layer in layers_of_experts(function).items()
         }
-        return _Counting(module, weights, gate_of=gate_of, layer_of=layer_of)
+        path = path_gates(self._manifest)
+        return _Counting(module, weights, gate_of=gate_of, layer_of=layer_of, path=path)
 
     def trace(self) -> Trace:
         """What was counted."""
@@ -154,9 +155,18 @@ class _Counting(Interpreter):
     layer_of: dict[Op, int] = field(default_factory=dict[Op, int])
     rows: Counter[int] = field(default_factory=Counter[int])
     experts: dict[int, Counter[int]] = field(default_factory=dict[int, Counter[int]])
+    path: Sequence[int] = ()
     last: int = 0
 
     def _op(self, op: Op, frame: Frame) -> Sequence[torch.Tensor]:
+        if isinstance(op, ops.If) and op.label == "path" and bool(frame.values[op.cond]):
+            before = {layer: Counter(counts) for layer, counts in self.experts.items()}
+            outputs = Interpreter._op(self, op, frame)
+            if bool(outputs[0]):  # the path was right
+                self.rows.update(self.path)
+            else:
+                self.experts = before
+            return outputs
         gate = self.gate_of.get(op.label) if isinstance(op, ops.If) else None
         if isinstance(op, ops.If) and gate is not None and bool(frame.values[op.cond]):
             self.last = 0

@@ -15,7 +15,7 @@ import numpy as np
 import onnxruntime as ort
 from numpy.typing import NDArray
 
-from liquidc.backends.base import Arrays, Cache, Guard, Runner, RunnerOptions, Trace
+from liquidc.backends.base import Arrays, Cache, Guard, Runner, RunnerOptions, Trace, path_gates
 from liquidc.errors import InternalError
 
 if TYPE_CHECKING:
@@ -144,11 +144,7 @@ class OrtRunner(Runner):
             work(runner)
             events = runner.events()
             runner.close()
-        guard: dict[str, Any] = self._manifest.artifact.get("guard", {})
-        path = dict(zip(guard.get("gates", ()), guard.get("path", ""), strict=True))
-        gates = self._manifest.model.gates
-        taken = [gate for gate, digit in path.items() if digit == "1" and not gates[gate].masked]
-        return read_trace(events, self._gates_by_label(), taken)
+        return read_trace(events, self._gates_by_label(), path_gates(self._manifest))
 
     def events(self) -> list[dict[str, Any]]:
         """What the profiler of the session saw until now; it ends."""

@@ -104,8 +104,10 @@ def _read_prompt() -> str:
 def _result(
     engine: Engine, prompt: str | list[int], tokens: list[Token], seconds: float
 ) -> dict[str, Any]:
+    guard = engine.runner.guard
     return {
         "prompt": prompt,
+        "guard": None if guard is None else {"tried": guard.tried, "missed": guard.missed},
         "text": "".join(token.text for token in tokens),
         "layers": engine.manifest.model.layers,
         "seconds": seconds,
@@ -128,6 +130,7 @@ class _Shown:
 
     def __init__(self, engine: Engine, *, show_depth: bool, silent: bool) -> None:
         self._layers = engine.manifest.model.layers
+        self._guard = engine.runner.guard
         self._ids_only = engine.tokenizer is None
         self._depth = show_depth
         self._silent = silent
@@ -165,6 +168,9 @@ class _Shown:
             legend.append(f" {depth} ", style=self._style(depth))
         mean = sum(depths) / len(depths)
         legend.append(f"   mean {mean:.2f} of {self._layers} over {len(depths)} tokens")
+        if self._guard is not None:
+            tried, missed = self._guard.tried, self._guard.missed
+            legend.append(f"; expected path tried {tried} times, wrong {missed}")
         out.print(legend)
         width = max(out.width - 12, 20)
         for first in range(0, len(depths), width):

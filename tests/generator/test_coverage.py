@@ -14,7 +14,7 @@ from liquidc.ir.rewriter import Statistics
 from tests.generator.check import STEPS, Run, run, transformed
 from tests.generator.modules import Example, example
 
-SEEDS = 100
+SEEDS = 150
 RULES = {
     "always-run",
     "compact-tokens",

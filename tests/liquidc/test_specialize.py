@@ -103,6 +103,31 @@ def test_a_budget_chooses(
         assert manifest["fidelity"]["kl_nats"] <= float(budget)
 
 
+@pytest.mark.parametrize("target", ["null", "onnxruntime"])
+def test_an_expected_path_is_tried_and_counted(
+    target: str, model_directory: Path, profile: Path, held_out: Path, tmp_path: Path
+) -> None:
+    """The text is that of the engine without it, and every miss is counted."""
+    texts: list[str] = []
+    for name, *more in (("plain",), ("tried", "--add-pass", "specialize-depth{hot=0}")):
+        out = tmp_path / name
+        options = ("--profile", profile, "--target", target, "--data", held_out, *more)
+        ok("compile", model_directory, "-o", out, *options)
+        told = ok("run", out, "--prompt", "One times", "--max-new-tokens", 12)
+        texts.append(told["text"])
+    assert texts[0] == texts[1]
+    manifest = json.loads((out / MANIFEST).read_bytes())
+    guard = manifest["artifact"]["guard"]
+    assert len(guard["path"]) == len(guard["gates"]) > 1
+    assert 0 <= guard["miss_rate"] < 1
+    tokens = [token["layers"] for token in told["tokens"]]
+    assert 0 <= told["guard"]["missed"] <= told["guard"]["tried"] <= len(tokens)
+    done = call("verify", out, "--data", held_out, "--windows", 2, "--prompts", 2)
+    assert done.exit_code == 0, done.output
+    shown = call("inspect", out, "--explain").stdout
+    assert "how each gate is computed" in shown
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

@@ -7,14 +7,14 @@ from dataclasses import replace
 import pytest
 import torch
 
-from liquidc.errors import InputError
-from liquidc.ir import parse_module
+from liquidc.errors import InputError, IRError
+from liquidc.ir import parse_module, verify
 from liquidc.ir.interpreter import Interpreter
 from liquidc.ir.rewriter import Statistics
 from liquidc.passes.base import PassContext
 from liquidc.passes.merge_experts import MergeExperts
 from tests.passes.filecheck import assert_idempotent, assert_unchanged, run_pass
-from tests.passes.routed import INPUTS, MAPPED, Tensors, layer, profiled
+from tests.passes.routed import GROUPED, INPUTS, MAPPED, Tensors, layer, profiled
 
 LOAD = (100, 10, 20, 60)
 STEP = MergeExperts(keep=2)
@@ -109,11 +109,34 @@ def test_an_expert_without_tokens_adds_nothing() -> None:
     """)
 
 
+def test_numbers_that_become_one_can_not_weigh_what_experts_read() -> None:
+    """f(x s) + f(x t) is not f(x (s + t)): the shares of one expert add up behind it only."""
+    for table, apply in (
+        ((0, 0, 1, 1), "output"),
+        ((1, 0, 3, 2), "input"),
+        ((0, 0, 1, 1), "input"),
+    ):
+        holder = (
+            f"%r2 = renumber %i, table={list(table)} : i64[B, T, 2]\n"
+            f'  %y = grouped_experts %x, %r2, %s, %gu, %d, apply="{apply}" : f32[B, T, 8]'
+        )
+        if apply == "output" or len(set(table)) == 4:
+            verify(parse_module(layer(holder=holder)))
+            continue
+        with pytest.raises(IRError, match="no two numbers may become one"):
+            verify(parse_module(layer(holder=holder)))
+
+
 @pytest.mark.parametrize(
     ("text", "keep", "reason"),
     [
         (layer(holder=MAPPED), 2, "not grouped: run group-experts"),
         (layer(), 4, "no experts to spare"),
+        (
+            layer(holder=GROUPED.replace("%gu, %d", '%gu, %d, apply="input"')),
+            2,
+            "its shares multiply what experts read",
+        ),
         (
             layer(
                 holder="%r2 = renumber %i, table=[3, 2, 1, 0] : i64[B, T, 2]\n  "

@@ -432,11 +432,8 @@ def _check_experts(x: Value, index: Value, weight: Value, params: list[Value], a
         raise ValueError("every parameter must have the experts in front")
     if apply not in ("output", "input"):
         raise ValueError(f'apply is "output" or "input", not "{apply}"')
-    if (
-        apply == "input"
-        and isinstance(index.op, Renumber)
-        and len(set(index.op.table)) < len(index.op.table)
-    ):
+    merges = isinstance(index.op, Renumber) and len(set(index.op.table)) < len(index.op.table)
+    if apply == "input" and merges and index.shape[-1] != 1:
         raise ValueError("shares multiply what experts read, so no two numbers may become one")
     same_dtype(x, *params)
 
