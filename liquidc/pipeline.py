@@ -27,6 +27,7 @@ from liquidc.machine import read_table
 from liquidc.manifest import SCHEMA, Manifest, PassInfo
 from liquidc.measure import measured
 from liquidc.passes.base import PassContext
+from liquidc.passes.registry import PROFILED
 from liquidc.passlog import PassLog, PassRecord
 from liquidc.passplan import (
     PassPlan,
@@ -202,8 +203,9 @@ def _pass_names(options: CompileOptions, backend: Backend) -> tuple[str, ...]:
     added = list(options.add)
     if names is None:
         names = default_passes(backend) if options.profile is None else profiled_passes(backend)
-        if any(name.partition("{")[0] in FEWER_EXPERTS for name in added):
-            names = tuple(name for name in names if name != "order-experts")
+        given = {name.partition("{")[0] for name in added}
+        other = {"order-experts"} if given & set(FEWER_EXPERTS) else set[str]()
+        names = tuple(name for name in names if name not in other | (given & PROFILED.keys()))
     if options.specialize == "exact":
         added.append("specialize-depth")
     if options.specialize == "budget":

@@ -51,7 +51,7 @@ def manifest(**changes: Any) -> Manifest:
             layers=LAYERS,
             vocabulary=VOCABULARY,
             context=CONTEXT,
-            gates=tuple(GateInfo(layer, 0.5, "gt") for layer in GATED),
+            gates=tuple(GateInfo(layer, 0.5, "gt", lowering="compact") for layer in GATED),
             experts=(ExpertInfo(3, EXPERTS, 2),),
         ),
         "target": {"name": "null", "format": "1"},

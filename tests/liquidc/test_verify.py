@@ -37,7 +37,8 @@ class FakeReference:
     engine: Engine = field(default_factory=lambda: Engine(manifest(), FakeRunner()))
     replayed: list[int] = field(default_factory=list[int])
 
-    def evaluate(self, ids: Sequence[int]) -> ReferenceResult:
+    def evaluate(self, ids: Sequence[int], force: Sequence[int] | None = None) -> ReferenceResult:
+        assert not any(force or ())
         out = self.engine.evaluate(ids)
         result = ReferenceResult(
             out.logits[0].copy(), out.gates[:, 0], out.gate_p[:, 0].copy(), out.experts[:, 0].copy()
@@ -45,14 +46,22 @@ class FakeReference:
         return self.change(result) if self.change else result
 
     def replay(
-        self, ids: Sequence[int], natural: ReferenceResult, first: int, routes: NDArray[np.bool_]
+        self,
+        ids: Sequence[int],
+        natural: ReferenceResult,
+        first: int,
+        routes: NDArray[np.bool_],
+        force: Sequence[int] | None = None,
     ) -> ReferenceResult:
         self.replayed.append(first)
         gates = natural.gates.copy()
         gates[:, first:] = routes[:, first:]
         return replace(natural, gates=gates)
 
-    def greedy(self, prompts: Sequence[Sequence[int]], count: int) -> list[list[int]]:
+    def greedy(
+        self, prompts: Sequence[Sequence[int]], count: int, force: Sequence[int] | None = None
+    ) -> list[list[int]]:
+        assert not any(force or ())
         return [[(p[-1] + 1 + i) % 256 for i in range(count)] for p in prompts]
 
 
@@ -130,8 +139,10 @@ def test_a_flip_inside_the_tie_band_passes() -> None:
 
 def test_other_greedy_tokens_fail() -> None:
     class Other(FakeReference):
-        def greedy(self, prompts: Sequence[Sequence[int]], count: int) -> list[list[int]]:
-            tokens = super().greedy(prompts, count)
+        def greedy(
+            self, prompts: Sequence[Sequence[int]], count: int, force: Sequence[int] | None = None
+        ) -> list[list[int]]:
+            tokens = super().greedy(prompts, count, force)
             tokens[1][4] += 1
             return tokens
 
