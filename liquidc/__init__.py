@@ -44,7 +44,8 @@ def compile(
         liquidc.errors.InputError: the model, the options or the output are wrong.
         liquidc.errors.TargetUnavailable: the target can't be built or run here.
     """
-    from liquidc.pipeline import CompileOptions, compile_model
+    from liquidc.pipeline import compile_model
+    from liquidc.plan import CompileOptions
 
     return load(compile_model(model, output, CompileOptions(target=target, **options)).engine)
 

@@ -11,7 +11,7 @@ import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -28,11 +28,9 @@ from liquidc.ir.weights import WeightSource
 from liquidc.observers import first_call
 from liquidc.passes.base import PassContext
 from liquidc.passplan import PassPlan, plan_passes, run_passes
+from liquidc.plan import CompileOptions
 from liquidc.profile import Profile
 from liquidc.tokenizer import Tokenizer
-
-if TYPE_CHECKING:
-    from liquidc.pipeline import CompileOptions
 
 DEFAULT_MAX_KL = 0.01
 """Nats per token: on average the compiled model gives a token 0.99 of its probability."""

@@ -11,7 +11,7 @@ from liquidc.cli.output import StageProgress, bytes_text, emit_json, json_option
 
 if TYPE_CHECKING:
     from liquidc.ir.rewriter import Statistics
-    from liquidc.pipeline import CompileOptions
+    from liquidc.plan import CompileOptions
 
 
 @click.command(
@@ -81,7 +81,8 @@ def command(
         raise click.UsageError("Missing option '-o' / '--output'.", click.get_current_context())
     from liquidc import lossy
     from liquidc.passplan import split_passes
-    from liquidc.pipeline import CompileOptions, compile_model
+    from liquidc.pipeline import compile_model
+    from liquidc.plan import CompileOptions
 
     options = CompileOptions(
         target=target,
@@ -159,7 +160,8 @@ def _start(text: str) -> tuple[str, Path]:
 
 def _show_plan(model: Path, output: Path | None, options: CompileOptions, *, as_json: bool) -> None:
     from liquidc.engine import EngineWriter
-    from liquidc.pipeline import make_plan, open_model
+    from liquidc.pipeline import open_model
+    from liquidc.plan import make_plan
 
     if output is not None:
         EngineWriter(output, force=options.force).check()

@@ -1,0 +1,117 @@
+"""What a compile is asked for, and what it will do: target, passes, stages."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from liquidc.backends.base import Backend
+from liquidc.backends.registry import get_backend
+from liquidc.errors import InputError, TargetUnavailable
+from liquidc.passes.registry import PROFILED
+from liquidc.passplan import PassPlan, default_passes, plan_passes, profiled_passes
+
+WHOLE = ("hoist-common", "group-experts", "order-experts")
+"""After these passes a layer is still one conditional with one op for its experts."""
+FEWER_EXPERTS = ("prune-experts", "merge-experts")
+"""After these passes the profile speaks of other experts."""
+
+
+@dataclass(frozen=True, slots=True)
+class CompileOptions:
+    """How to compile.
+
+    Attributes:
+        target: name of the backend.
+        passes: names instead of the target's own, in order, with options as `name{key=value}`.
+        without: names of passes to leave out.
+        add: names of passes to run besides, where the model's layers are still whole.
+        profile: what `liquidc profile` measured of this model: adds the passes that use it.
+        machine: a file of `bench/machine_table.py`, instead of the table that comes with liquidc.
+        specialize: "exact" adds what the profile suggests and changes no result; "budget" also
+            fixes gates as far as `max_kl` allows.
+        max_kl: mean KL(original || compiled) in nats per token that a lossy compile may cost;
+            None for 0.01 with `specialize="budget"`, else no limit.
+        data: held-out text to measure a lossy compile on; default: heldout.txt of the model.
+        verify_each: check the IR after every pass.
+        dump: directory that gets each stage's artefact.
+        start: stage whose artefact is read from a file instead of being computed.
+        force: replace an engine that is there.
+    """
+
+    target: str = "onnxruntime"
+    passes: tuple[str, ...] | None = None
+    without: tuple[str, ...] = ()
+    add: tuple[str, ...] = ()
+    profile: Path | None = None
+    machine: Path | None = None
+    specialize: str = ""
+    max_kl: float | None = None
+    data: Path | None = None
+    verify_each: bool = False
+    dump: Path | None = None
+    start: tuple[str, Path] | None = None
+    force: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What a compile will do.
+
+    Attributes:
+        backend: the target.
+        passes: the passes that run, in order.
+        stages: all stages, the two that every target has in front.
+    """
+
+    backend: Backend
+    passes: tuple[PassPlan, ...]
+    stages: tuple[str, ...]
+
+
+def make_plan(options: CompileOptions) -> Plan:
+    """What `options` mean.
+
+    Raises:
+        InputError: an unknown target, pass or stage, or a stage that can't be started from.
+        TargetUnavailable: the target can't be built here.
+    """
+    backend = get_backend(options.target)
+    passes = plan_passes(_pass_names(options, backend), options.without)
+    stages = ("trace", "passes", *(stage.name for stage in backend.stages))
+    if options.start is not None:
+        name = options.start[0]
+        loads = {stage.name: stage.load is not None for stage in backend.stages}
+        if name not in stages:
+            raise InputError(f"no stage {name!r}; {backend.name} has {', '.join(stages)}")
+        if not loads.get(name, True):
+            raise InputError(f"the stage {name} can't be started from: its artefact has no file")
+        if not options.start[1].is_file():
+            raise InputError(f"{options.start[1]}: no such file to start from")
+    reason = backend.availability()
+    if reason is not None:
+        raise TargetUnavailable(f"the target {backend.name} can't be built here: {reason}")
+    return Plan(backend, passes, stages)
+
+
+def _pass_names(options: CompileOptions, backend: Backend) -> tuple[str, ...]:
+    if options.specialize not in ("", "exact", "budget"):
+        raise InputError(f"specialize is exact or budget, not {options.specialize!r}")
+    if options.specialize and options.profile is None:
+        raise InputError("to specialise a model takes a profile: give one with --profile P.json")
+    names = options.passes
+    added = list(options.add)
+    if names is None:
+        names = default_passes(backend) if options.profile is None else profiled_passes(backend)
+        given = {name.partition("{")[0] for name in added}
+        other = {"order-experts"} if given & set(FEWER_EXPERTS) else set[str]()
+        names = tuple(name for name in names if name not in other | (given & PROFILED.keys()))
+    if options.specialize == "exact":
+        added.append("specialize-depth")
+    if options.specialize == "budget":
+        added += ["fix-gates", "eliminate-dead"]
+    if not added:
+        return names
+    bare = [name.partition("{")[0] for name in names]
+    at = max((bare.index(name) + 1 for name in WHOLE if name in bare), default=0)
+    return (*names[:at], *added, *names[at:])
