@@ -30,6 +30,7 @@ class CompileOptions:
         machine: a file of `bench/machine_table.py`, instead of the table that comes with liquidc.
         specialize: "exact" adds what the profile suggests and changes no result; "budget" also
             fixes gates as far as `max_kl` allows.
+        quantize: scheme of the weights, with options of the pass `quantize`: `int4{block=64}`.
         max_kl: mean KL(original || compiled) in nats per token that a lossy compile may cost;
             None for 0.01 with `specialize="budget"`, else no limit.
         data: held-out text to measure a lossy compile on; default: heldout.txt of the model.
@@ -46,6 +47,7 @@ class CompileOptions:
     profile: Path | None = None
     machine: Path | None = None
     specialize: str = ""
+    quantize: str = ""
     max_kl: float | None = None
     data: Path | None = None
     verify_each: bool = False
@@ -110,8 +112,17 @@ def _pass_names(options: CompileOptions, backend: Backend) -> tuple[str, ...]:
         added.append("specialize-depth")
     if options.specialize == "budget":
         added += ["fix-gates", "eliminate-dead"]
+    if options.quantize:
+        names = (*names, _quantize(options.quantize), "eliminate-dead")
     if not added:
         return names
     bare = [name.partition("{")[0] for name in names]
     at = max((bare.index(name) + 1 for name in WHOLE if name in bare), default=0)
     return (*names[:at], *added, *names[at:])
+
+
+def _quantize(text: str) -> str:
+    """The pass for a scheme with options, `int4{block=64}`."""
+    scheme, brace, rest = text.partition("{")
+    options = rest.removesuffix("}")
+    return f"quantize{{scheme={scheme}{',' if brace and options else ''}{options}}}"

@@ -33,6 +33,7 @@ from liquidc.runtime import Engine
 from liquidc.trace_proof import Proof, prove
 
 if TYPE_CHECKING:
+    from liquidc.manifest import Manifest
     from liquidc.reference import Reference
 
 Report = Callable[[str, int, int], None]
@@ -49,6 +50,14 @@ class Thresholds:
     top1_agreement: float = 0.999
     kl_nats: float = 1e-6
     logits_max_rel: float = 1e-4
+    bits_per_byte_rel: float = 1e-4
+
+    @classmethod
+    def of(cls, manifest: Manifest) -> Thresholds:
+        """What an engine must keep: less if its weights have few bits."""
+        told = next((p.facts for p in manifest.passes if p.name == "quantize" and p.facts), {})
+        schemes = {weight["scheme"] for weight in told.get("weights", {}).values()}
+        return next((BY_SCHEME[name] for name in BY_SCHEME if name in schemes), cls())
 
     def failures(self, metrics: dict[str, Any]) -> list[str]:
         """What in `metrics` does not pass, one line each."""
@@ -61,7 +70,23 @@ class Thresholds:
             value, most = metrics[name], getattr(self, name)
             if not value <= most:
                 lines.append(f"{name} is {value:.3g}, at most {most:g} is allowed")
+        ours, theirs = metrics["bits_per_byte"], metrics["bits_per_byte_reference"]
+        if ours is not None and theirs and not ours <= theirs * (1 + self.bits_per_byte_rel):
+            most = theirs * (1 + self.bits_per_byte_rel)
+            lines.append(f"bits_per_byte is {ours:.6g}, at most {most:.6g} is allowed")
         return lines
+
+
+_ANY = {"greedy_match": 0.0, "logits_max_rel": 1.0}
+"""Greedy text and single logits say nothing about rounded weights: one near tie moves them."""
+BY_SCHEME = {
+    "int4": Thresholds(0.98, 0.9, top1_agreement=0.95, kl_nats=0.1, bits_per_byte_rel=0.02, **_ANY),
+    "fp8": Thresholds(0.98, 0.9, top1_agreement=0.95, kl_nats=0.1, bits_per_byte_rel=0.02, **_ANY),
+    "int8": Thresholds(
+        0.997, 0.98, top1_agreement=0.99, kl_nats=0.01, bits_per_byte_rel=0.002, **_ANY
+    ),
+}
+"""What passes where weights are quantised, the coarsest scheme first."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,7 +101,7 @@ class VerifyOptions:
         new_tokens: tokens by which they are continued.
         traced: prompts that are run under the profiler.
         traced_tokens: decoding steps after each of them.
-        thresholds: what passes.
+        thresholds: what passes; None for those of the engine's scheme.
     """
 
     windows: int = 8
@@ -86,7 +111,7 @@ class VerifyOptions:
     new_tokens: int = 64
     traced: int = 4
     traced_tokens: int = 16
-    thresholds: Thresholds = Thresholds()
+    thresholds: Thresholds | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -169,7 +194,8 @@ def verify(
     report("trace", 0, 1)
     proof = prove(engine, prompts[: options.traced], options.traced_tokens)
     report("trace", 1, 1)
-    failures = options.thresholds.failures(metrics)
+    thresholds = options.thresholds or Thresholds.of(engine.manifest)
+    failures = thresholds.failures(metrics)
     skips = get_backend(engine.manifest.target["name"]).skips
     if not (proof.holds if skips else proof.covers):
         failures.append(_broken(proof))
@@ -179,7 +205,7 @@ def verify(
         **metrics,
         **proof.report(),
         "trace_rule": "equal" if skips else "at least",
-        "thresholds": {name: getattr(options.thresholds, name) for name in Thresholds.__slots__},
+        "thresholds": {name: getattr(thresholds, name) for name in Thresholds.__slots__},
         "windows": len(windows),
         "prompts": len(prompts),
     }

@@ -19,6 +19,7 @@ from liquidc.passes.hoist_common import HoistCommon
 from liquidc.passes.merge_experts import MergeExperts
 from liquidc.passes.order_experts import OrderExperts
 from liquidc.passes.prune_experts import PruneExperts
+from liquidc.passes.quantize import Quantize
 from liquidc.passes.specialize_decode import SpecializeDecode
 from liquidc.passes.specialize_depth import SpecializeDepth
 from liquidc.passes.stack_experts import StackExperts
@@ -42,6 +43,7 @@ PASSES: dict[str, type[Pass]] = {
         MergeExperts,
         OrderExperts,
         PruneExperts,
+        Quantize,
         SpecializeDecode,
         SpecializeDepth,
         StackExperts,

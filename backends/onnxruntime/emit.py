@@ -8,7 +8,14 @@ from dataclasses import dataclass
 import onnx
 from onnx import helper
 
-from liquidc.backends.onnxruntime import emit_cache, emit_experts, emit_nn, emit_route, emit_tensor
+from liquidc.backends.onnxruntime import (
+    emit_cache,
+    emit_experts,
+    emit_nn,
+    emit_quantised,
+    emit_route,
+    emit_tensor,
+)
 from liquidc.backends.onnxruntime.graph import (
     CONTRIB,
     ELEMENT,
@@ -24,7 +31,8 @@ from liquidc.ir.experts import layers_of_experts
 from liquidc.ir.types import dim_names
 from liquidc.ir.weights import WeightExpr, sizes
 
-EMIT = emit_tensor.EMIT | emit_nn.EMIT | emit_route.EMIT | emit_experts.EMIT | emit_cache.EMIT
+PARTS = (emit_tensor, emit_nn, emit_quantised, emit_route, emit_experts, emit_cache)
+EMIT = {kind: emit for part in PARTS for kind, emit in part.EMIT.items()}
 
 
 @dataclass(frozen=True)
@@ -60,7 +68,7 @@ def lower(module: Module, name: str = "prefill", *, branching: bool = True) -> L
         _output(graph, name, value)
         for name, value in zip(function.result_names, function.returned, strict=True)
     ]
-    weights = [_external(name, expr) for name, expr in shared.weights.items()]
+    weights = [_external(name, expr, shared) for name, expr in shared.weights.items()]
     proto = helper.make_graph(
         graph.nodes, module.name, inputs, outputs, [*shared.initializers, *weights]
     )
@@ -101,9 +109,10 @@ def read_lowered(model: onnx.ModelProto) -> Lowered:
     return Lowered(model, parse_module(f"module @lowered\n{text}", "the model's weights").weights)
 
 
-def _external(name: str, expr: WeightExpr) -> onnx.TensorProto:
+def _external(name: str, expr: WeightExpr, shared: Shared) -> onnx.TensorProto:
     """An initialiser without data, documented by the expression that says what it holds."""
-    tensor = onnx.TensorProto(name=name, data_type=ELEMENT[expr.type.dtype])
+    element = shared.elements.get(name, ELEMENT[expr.type.dtype])
+    tensor = onnx.TensorProto(name=name, data_type=element)
     tensor.doc_string = f"{expr.type} = {expr}"
     tensor.dims.extend(sizes(expr.type.shape))
     return tensor

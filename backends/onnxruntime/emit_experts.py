@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import numpy as np
 
+from liquidc.backends.onnxruntime.emit_quantised import product
 from liquidc.backends.onnxruntime.emit_tensor import Emit
 from liquidc.backends.onnxruntime.graph import ELEMENT, Graph
 from liquidc.errors import UnsupportedError
@@ -14,8 +15,8 @@ from liquidc.ir.types import dim_names
 from liquidc.ir.weights import sizes
 
 F32 = np.float32
-Body = Callable[[Graph, str, list[str]], str]
-"""Adds the nodes of one expert to its arm: from tokens [n, D] and its parameters to [n, D]."""
+Body = Callable[[Graph, str, int], str]
+"""Adds the nodes of one expert to its arm: from tokens [n, D] and its number to [n, D]."""
 
 
 def _by_expert(
@@ -48,7 +49,7 @@ def _by_expert(
         tokens = run.op("Gather", [x, row])
         if op.apply == "input":
             tokens = run.op("Mul", [tokens, run.op("Gather", [weight, slot])])
-        y = body(run, tokens, [_param(run, param, expert) for param in params])
+        y = body(run, tokens, expert)
         spot = run.op("Unsqueeze", [slot, run.const([1])])
         if not g.shared.branching:
             g.nodes += run.nodes
@@ -72,21 +73,14 @@ def _by_expert(
     return [summed if op.x.type.rank == 2 else g.op("Reshape", [summed, g.shape(op.y.shape)])]
 
 
-def _param(g: Graph, value: Value, expert: int) -> str:
-    """One expert's entry of a stacked parameter; a weight's entry is stored by itself."""
-    if isinstance(value.op, ops.Weight):
-        return g.expert_weight(value.op.weight, expert)
-    return g.op("Gather", [g.name(value), g.const(expert)])
-
-
 def grouped_experts(g: Graph, op: ops.GroupedExperts) -> list[str]:
     """SwiGLU experts: two products each."""
 
-    def swiglu(arm: Graph, tokens: str, params: list[str]) -> str:
-        both = arm.op("Gemm", [tokens, params[0]], transB=1)
+    def swiglu(arm: Graph, tokens: str, expert: int) -> str:
+        both = product(arm, tokens, op.gate_up, expert=expert)
         gate, up = arm.op("Split", [both], 2, axis=1, num_outputs=2)
         inner = arm.op("Mul", [arm.contrib("QuickGelu", [gate], alpha=1.0), up])
-        return arm.op("Gemm", [inner, params[1]], transB=1)
+        return product(arm, inner, op.down, expert=expert)
 
     return _by_expert(g, op, [op.gate_up, op.down], swiglu)
 
@@ -101,11 +95,12 @@ def map_experts(g: Graph, op: ops.MapExperts) -> list[str]:
                 f"onnxruntime: an expert at {op.loc} uses %{value.name} of all tokens"
             )
 
-    def region(arm: Graph, tokens: str, params: list[str]) -> str:
+    def region(arm: Graph, tokens: str, expert: int) -> str:
         count = arm.op("Shape", [tokens], start=0, end=1)
         arm.dims |= {str(dim): arm.const([1]) for dim in lead[:-1]} | {str(lead[-1]): count}
         x, *others = op.body.args
         arm.names[x] = arm.reshape(tokens, ["n", x.shape[-1]], x.shape)
+        params = [arm.expert(param, expert) for param in op.params]
         arm.names |= dict(zip(others, params, strict=True))
         arm.shared.emit(arm, op.body)
         y = op.body.terminator.operands[0]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 
+from liquidc.backends.onnxruntime.emit_quantised import product
 from liquidc.backends.onnxruntime.emit_tensor import Emit
 from liquidc.backends.onnxruntime.graph import Graph
 from liquidc.ir import Op, ops
@@ -17,10 +18,9 @@ def _embed(g: Graph, op: ops.Embed) -> list[str]:
 
 
 def _linear(g: Graph, op: ops.Linear) -> list[str]:
-    """Gemm on rows: the weight keeps its layout [N, K], and a tied embedding is stored once."""
-    inputs = [g.flat(g.name(op.x), op.x.shape), g.name(op.weight)]
-    inputs += [g.name(op.bias)] if op.bias is not None else []
-    y = g.op("Gemm", inputs, transB=1)
+    """A product on rows."""
+    bias = "" if op.bias is None else g.name(op.bias)
+    y = product(g, g.flat(g.name(op.x), op.x.shape), op.weight, bias)
     return [y if op.x.type.rank == 2 else g.op("Reshape", [y, g.shape(op.y.shape)])]
 
 

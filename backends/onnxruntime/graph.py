@@ -47,8 +47,8 @@ class Shared:
     """What a graph and its arms have in common.
 
     `weights` are stored beside the model, `constants` inside it; `counts` numbers names,
-    `layers` says where experts belong. `emit` adds the nodes of a block. Without `branching` there
-    is no If.
+    `layers` says where experts belong, `elements` which weights are no plain bytes. `emit` adds
+    the nodes of a block. Without `branching` there is no If.
     """
 
     module: Module
@@ -59,6 +59,7 @@ class Shared:
     initializers: list[onnx.TensorProto] = field(default_factory=list[onnx.TensorProto])
     counts: dict[str, int] = field(default_factory=dict[str, int])
     layers: dict[Op, int] = field(default_factory=dict[Op, int])
+    elements: dict[str, int] = field(default_factory=dict[str, int])
 
     def unique(self, name: str) -> str:
         """`name`, with a number from its second use on."""
@@ -117,16 +118,13 @@ class Graph:
             self.shared.initializers.append(numpy_helper.from_array(array, name))
         return self.shared.constants[key]
 
-    def weight(self, name: str) -> str:
-        """A weight of the IR module, as an initialiser beside the model."""
-        self.shared.weights.setdefault(name, self.shared.module.weights[name])
+    def weight(self, name: str, expert: int | None = None) -> str:
+        """A weight of the IR module, or one expert's part of it, as an initialiser of its own."""
+        expr = self.shared.module.weights[name]
+        if expert is not None:
+            name, expr = f"{name}.{expert}", Select(expr, expert)
+        self.shared.weights.setdefault(name, expr)
         return name
-
-    def expert_weight(self, name: str, expert: int) -> str:
-        """One expert's part of a stacked weight, as an initialiser of its own."""
-        part = f"{name}.{expert}"
-        self.shared.weights.setdefault(part, Select(self.shared.module.weights[name], expert))
-        return part
 
     def name(self, value: Value) -> str:
         """The ONNX name of an IR value."""
@@ -138,6 +136,13 @@ class Graph:
         if isinstance(value.op, ops.Weight):
             return self.weight(value.op.weight)
         raise UnsupportedError(f"onnxruntime: %{value.name} was not lowered before its use")
+
+    def expert(self, value: Value, expert: int | None) -> str:
+        """A value, or one expert's entry of it; a weight's entry is stored by itself."""
+        if isinstance(value.op, ops.Weight):
+            return self.weight(value.op.weight, expert)
+        name = self.name(value)
+        return name if expert is None else self.op("Gather", [name, self.const(expert)])
 
     def remember(self, key: Any) -> Any:
         """Something made earlier in this graph or one around it; None if nothing."""

@@ -40,6 +40,7 @@ Examples:
     "--data", type=click.Path(path_type=Path), help="Held-out text; default: MODEL/heldout.txt."
 )
 @click.option("--profile", type=click.Path(path_type=Path), help="Of this model, for the passes.")
+@click.option("--quantize", default="", metavar="SCHEME", help="int8, int4 or fp8; int4{block=64}.")
 @click.option(
     "--machine",
     type=click.Path(path_type=Path),
@@ -63,6 +64,7 @@ def command(
     max_kl: float | None,
     data: Path | None,
     profile: Path | None,
+    quantize: str,
     machine: Path | None,
     verify_each: bool,
     dump_dir: Path | None,
@@ -90,6 +92,7 @@ def command(
         without=no_pass,
         add=add_pass,
         profile=profile,
+        quantize=quantize,
         machine=machine,
         specialize=specialize or "",
         max_kl=max_kl,

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from liquidc.errors import InputError, InternalError
 from liquidc.ir import ops, semantics
 from liquidc.ir.core import Block, Function, Module, Op, Value
+from liquidc.ir.quantised import dequantise
 from liquidc.ir.types import Dim, DType, TensorType
 from liquidc.ir.weights import WeightSource, materialize, torch_dtype
 
@@ -200,6 +201,12 @@ def _where(op: Op, frame: Frame, mask: Tensor, a: Tensor, b: Tensor) -> Tensor:
     return torch.where(mask, a, b)
 
 
+def _dequantize(
+    op: ops.Dequantize, frame: Frame, codes: Tensor, scales: Tensor, zeros: Tensor | None = None
+) -> Tensor:
+    return dequantise(codes, scales, zeros, op.format).to(scales.dtype)
+
+
 def _linear(op: ops.Linear, frame: Frame, *values: Tensor) -> Tensor:
     return F.linear(*values)
 
@@ -306,6 +313,7 @@ COMPUTE: dict[type[Op], Callable[..., Any]] = {
     ops.Any: _reduce(torch.any),
     ops.CumSum: lambda op, frame, x: torch.cumsum(x, op.dim),
     ops.Embed: lambda op, frame, ids, table: F.embedding(ids, table),
+    ops.Dequantize: _dequantize,
     ops.Linear: _linear,
     ops.MatMul: _binary(torch.matmul),
     ops.RMSNorm: _rms_norm,

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from liquidc.ir.quantised import Codes, Scales, Zeros
 from liquidc.ir.types import TensorType
 from liquidc.ir.weights import (
     Box,
@@ -157,5 +158,8 @@ FUNCTIONS: dict[str, Callable[..., WeightExpr]] = {
     "take": lambda x, dim, index: Take(x, dim, tuple(index)),
     "mix": lambda xs, shares: Mix(tuple(xs), tuple(map(float, shares))),
     "product": Product,
+    "codes": Codes,
+    "scales": Scales,
+    "zeros": Zeros,
 }
 """Constructors by their name in the text form."""

@@ -107,6 +107,10 @@ class Builder:
         type = self.module.weights[name].type
         return self.add(ops.Weight(weight=name, result_types=[type]))
 
+    def stored(self, *shape: int) -> lazy.Stored:
+        """A new tensor of the checkpoint, not yet read."""
+        return self._stored(f"part{len(self.tensors)}.weight", *shape)
+
     def _stored(self, name: str, *shape: int, dtype: DType = DType.F32) -> lazy.Stored:
         values = torch.randn(shape, generator=self.numbers) / shape[-1] ** 0.5
         self.tensors[name] = values.to(lazy.torch_dtype(dtype))

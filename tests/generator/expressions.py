@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from liquidc.ir import DType, TensorType, Value, ops
+from liquidc.ir.quantised import Codes, Scales, Zeros
 from tests.generator.build import WIDTH, Builder
 
 Case = Callable[[Builder, Value], Value]
@@ -142,6 +143,20 @@ def layout(b: Builder, x: Value) -> Value:
     return b.add(ops.Linear(x, weight))
 
 
+def quantised(b: Builder, x: Value) -> Value:
+    """A projection by a weight of few bits."""
+    format = b.rng.choice(("int4", "int8", "e4m3"))
+    symmetric = format == "e4m3" or b.chance(50)
+    kinds = (Codes, Scales) if symmetric else (Codes, Scales, Zeros)
+    stored = b.stored(WIDTH, WIDTH)
+    parts = [
+        b.declared(f"{stored.name}.{kind.__name__.lower()}", kind(stored, format, HALF, symmetric))
+        for kind in kinds
+    ]
+    weight = b.add(ops.Dequantize(*parts, format=format))
+    return b.add(ops.Tanh(b.add(ops.Linear(x, weight))))
+
+
 def picked(b: Builder, x: Value) -> Value:
     places = tuple(b.rng.randrange(WIDTH) for _ in range(WIDTH))
     index = b.add(ops.Constant(value=places, result_types=[TensorType(DType.I64, (WIDTH,))]))
@@ -199,6 +214,7 @@ CASES: tuple[Case, ...] = (
     heads,
     halves,
     layout,
+    quantised,
     picked,
     reduced,
     shares,

@@ -131,6 +131,11 @@ EXAMPLES: dict[str, Example] = {
         "linear %x, %w, bias=%b : f32[B, T, 6]",
         F.linear,
     ),
+    "dequantize": Example(
+        "codes: u8[6, 2, 4]; scales: f32[6, 2]; zeros: u8[6, 2]",
+        'dequantize %codes, %scales, zeros=%zeros, format="int8" : f32[6, 8]',
+        lambda c, s, z: ((c.float() - z[..., None]) * s[..., None]).flatten(1),
+    ),
     "embed": Example(
         "ids: i64[B, T]; table: f32[5, 4]",
         "embed %ids, %table : f32[B, T, 4]",

@@ -33,6 +33,7 @@ from liquidc.ir.ops.liquid import (
     TakeTokens,
 )
 from liquidc.ir.ops.nn import (
+    Dequantize,
     Embed,
     LayerNorm,
     Linear,
@@ -105,6 +106,7 @@ __all__ = [
     "Constant",
     "CumSum",
     "DepthGate",
+    "Dequantize",
     "Div",
     "Embed",
     "Eq",

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from liquidc.ir.core import Op, Value, attribute, operand, optional, result
 from liquidc.ir.ops.tensor import check_dim, same_dtype
+from liquidc.ir.quantised import BITS
 from liquidc.ir.types import DType, TensorType, broadcast
+from liquidc.ir.weights import sizes
 
 
 class Embed(Op, name="embed", tokenwise=True):
@@ -19,6 +21,42 @@ class Embed(Op, name="embed", tokenwise=True):
         if self.table.type.rank != 2 or self.ids.dtype != DType.I64:
             raise ValueError(f"needs i64 ids and a table [V, D], not {self.table.type}")
         return (self.table.type.with_shape(*self.ids.shape, self.table.shape[1]),)
+
+
+class Dequantize(Op, name="dequantize"):
+    """f32[..., N, K] of a quantised weight: `(code - zero) · scale`, or `e4m3(code) · scale`.
+
+    `codes` u8[..., N, blocks, bytes of a block], `scales` f32[..., N, blocks] and, for blocks that
+    are not symmetric, `zeros` u8[..., N, bytes], laid out as in `liquidc.ir.quantised`.
+    """
+
+    codes: Value = operand()
+    scales: Value = operand()
+    zeros: Value | None = optional()
+    format: str = attribute()
+    y: Value = result()
+
+    @property
+    def block(self) -> int:
+        """Elements of a block."""
+        return sizes(self.codes.shape[-1:])[0] * 8 // BITS[self.format]
+
+    def infer(self) -> tuple[TensorType, ...]:
+        """[..., N, K]."""
+        if self.format not in BITS:
+            raise ValueError(f"format is {', '.join(BITS)}, not {self.format!r}")
+        if self.codes.dtype != DType.U8 or self.codes.type.rank < 3:
+            raise ValueError(f"the codes must be u8[..., N, blocks, bytes], not {self.codes.type}")
+        *lead, blocks = sizes(self.codes.shape[:-1])
+        wanted = TensorType(DType.F32, (*lead, blocks))
+        if self.scales.type != wanted:
+            raise ValueError(f"the scales must be {wanted}, not {self.scales.type}")
+        if self.zeros is not None:
+            size = -(-blocks * BITS[self.format] // 8)
+            wanted = TensorType(DType.U8, (*lead, size))
+            if self.zeros.type != wanted or self.format == "e4m3":
+                raise ValueError(f"the zeros must be {wanted}, not {self.zeros.type}")
+        return (TensorType(DType.F32, (*lead, blocks * self.block)),)
 
 
 class Linear(Op, name="linear", tokenwise=True):

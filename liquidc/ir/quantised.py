@@ -1,0 +1,225 @@
+"""Quantised weights as lazy expressions: the codes, scales and zero points of another weight.
+
+A weight [..., N, K] is cut into blocks of `block` elements along K. In each block
+
+    w ≈ (code - zero) · scale        int4: codes 0 to 15; int8: codes 0 to 255
+    w ≈ e4m3(code) · scale           fp8: the bits of a float8 e4m3
+
+Symmetric blocks have the zero 8 or 128 and no tensor of zero points. Elements are rounded to the
+nearest code, halves to the even one. Codes of four bits lie two in a byte, the first one low, as
+ONNX (MatMulNBits, UINT4) and llama.cpp's Q4_0 have them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, NamedTuple
+
+from liquidc.errors import InputError
+from liquidc.ir.types import DType, TensorType
+from liquidc.ir.weights import Box, WeightExpr, WeightSource
+
+if TYPE_CHECKING:
+    import torch
+
+BITS = {"int4": 4, "int8": 8, "e4m3": 8}
+"""Bits of a code by format."""
+ZERO = {"int4": 8, "int8": 128, "e4m3": 0}
+"""The zero point of a symmetric block."""
+LARGEST = 448.0
+"""The largest float8 e4m3 (Micikevicius et al. 2022, table 1)."""
+
+
+class Blocks(NamedTuple):
+    """Quantised blocks.
+
+    Attributes:
+        codes: u8[..., blocks, block], one code in each.
+        scales: f32[..., blocks].
+        zeros: u8[..., blocks]; None where they are those of a symmetric block.
+    """
+
+    codes: torch.Tensor
+    scales: torch.Tensor
+    zeros: torch.Tensor | None
+
+
+def round_to_nearest(x: torch.Tensor, format: str, block: int, *, symmetric: bool) -> Blocks:
+    """Quantise f32[..., K] block by block.
+
+    A symmetric int4 block maps its element of largest size to -8 times the scale, as Q4_0 does: of
+    the sixteen codes none is lost, and the largest element is exact.
+    """
+    import torch
+
+    x = x.float().unflatten(-1, (-1, block))
+    if not bool(torch.isfinite(x).all()):
+        raise InputError("a weight to quantise holds inf or NaN")
+    top = x.abs().amax(-1, keepdim=True)
+    if format == "e4m3":
+        scale = _positive(top / LARGEST)
+        codes = (x / scale).clamp(-LARGEST, LARGEST).to(torch.float8_e4m3fn).view(torch.uint8)
+        return Blocks(codes, scale[..., 0], None)
+    levels = 2 ** BITS[format] - 1
+    if not symmetric:
+        low, high = x.amin(-1, keepdim=True).clamp(max=0), x.amax(-1, keepdim=True).clamp(min=0)
+        scale = _positive((high - low) / levels)
+        zero = torch.round(-low / scale).clamp(0, levels)
+        codes = (torch.round(x / scale) + zero).clamp(0, levels)
+        return Blocks(codes.to(torch.uint8), scale[..., 0], zero[..., 0].to(torch.uint8))
+    zero = ZERO[format]
+    if format == "int4":
+        extreme = torch.gather(x, -1, x.abs().argmax(-1, keepdim=True))
+        scale = torch.where(extreme == 0, 1.0, extreme / -zero)
+    else:
+        scale = _positive(top / (zero - 1))
+    codes = (torch.round(x / scale) + zero).clamp(0, levels)
+    return Blocks(codes.to(torch.uint8), scale[..., 0], None)
+
+
+def _positive(scale: torch.Tensor) -> torch.Tensor:
+    """1 where a block is all zeros: its codes are the zero point whatever the scale."""
+    import torch
+
+    return torch.where(scale == 0, 1.0, scale)
+
+
+def dequantise(
+    codes: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor | None, format: str
+) -> torch.Tensor:
+    """f32[..., K] of stored codes u8[..., blocks, bytes], scales and stored zero points."""
+    import torch
+
+    count = scales.shape[-1]
+    if format == "e4m3":
+        values = codes.view(torch.float8_e4m3fn).float()
+    else:
+        values = (unpack(codes) if format == "int4" else codes).float()
+        if zeros is None:
+            values -= ZERO[format]
+        else:
+            values -= (unpack(zeros)[..., :count] if format == "int4" else zeros)[..., None]
+    return (values * scales[..., None].float()).flatten(-2)
+
+
+def pack(codes: torch.Tensor) -> torch.Tensor:
+    """Codes of four bits two in a byte, the first one low; an odd number is filled up with 0."""
+    import torch
+
+    if codes.shape[-1] % 2:
+        codes = torch.cat([codes, torch.zeros_like(codes[..., :1])], -1)
+    return codes[..., 0::2] | (codes[..., 1::2] << 4)
+
+
+def unpack(data: torch.Tensor) -> torch.Tensor:
+    """The codes of four bits in u8[..., n]: u8[..., 2 n]."""
+    import torch
+
+    return torch.stack([data & 15, data >> 4], -1).flatten(-2)
+
+
+@dataclass(frozen=True, slots=True)
+class Quantised(WeightExpr):
+    """What `codes`, `scales` and `zeros` have in common: the weight and how it is quantised."""
+
+    x: WeightExpr
+    format: str
+    block: int
+    symmetric: bool
+
+    def __post_init__(self) -> None:
+        if self.format not in BITS:
+            raise ValueError(f"format is {', '.join(BITS)}, not {self.format!r}")
+        if self.block < 1 or (self.format == "int4" and self.block % 2):
+            raise ValueError(f"a block of {self.block} elements")
+        if not self.symmetric and self.format == "e4m3":
+            raise ValueError("e4m3 has no zero points")
+        if self.x.type.rank < 2 or self.x.sizes[-1] % self.block:
+            raise ValueError(f"blocks of {self.block} don't fill {self.x.type}")
+
+    @property
+    def blocks(self) -> int:
+        """Blocks in a row."""
+        return self.x.sizes[-1] // self.block
+
+    def sources(self) -> tuple[str, ...]:
+        """See `WeightExpr`."""
+        return self.x.sources()
+
+    def _quantised(self, source: WeightSource, rows: Box, blocks: tuple[int, int]) -> Blocks:
+        """Whole blocks of some rows."""
+        low, high = blocks
+        box = (*rows, (low * self.block, high * self.block))
+        x = self.x.read(source, box)
+        try:
+            return round_to_nearest(x, self.format, self.block, symmetric=self.symmetric)
+        except InputError as error:
+            raise InputError(f"{', '.join(self.sources())}: {error}") from None
+
+    def _text(self, name: str) -> str:
+        symmetric = "true" if self.symmetric else "false"
+        return f'{name}({self.x}, "{self.format}", {self.block}, {symmetric})'
+
+
+@dataclass(frozen=True, slots=True)
+class Codes(Quantised):
+    """`codes(x, "int4", 64, true)`: u8[..., blocks, bytes of a block]."""
+
+    @property
+    def type(self) -> TensorType:
+        """See `WeightExpr`."""
+        size = self.block * BITS[self.format] // 8
+        return TensorType(DType.U8, (*self.x.type.shape[:-1], self.blocks, size))
+
+    def __str__(self) -> str:
+        return self._text("codes")
+
+    def read(self, source: WeightSource, box: Box) -> torch.Tensor:
+        """See `WeightExpr`."""
+        codes = self._quantised(source, box[:-2], box[-2]).codes
+        codes = pack(codes) if BITS[self.format] == 4 else codes
+        return codes[..., slice(*box[-1])]
+
+
+@dataclass(frozen=True, slots=True)
+class Scales(Quantised):
+    """`scales(x, "int4", 64, true)`: f32[..., blocks]."""
+
+    @property
+    def type(self) -> TensorType:
+        """See `WeightExpr`."""
+        return TensorType(DType.F32, (*self.x.type.shape[:-1], self.blocks))
+
+    def __str__(self) -> str:
+        return self._text("scales")
+
+    def read(self, source: WeightSource, box: Box) -> torch.Tensor:
+        """See `WeightExpr`."""
+        return self._quantised(source, box[:-1], box[-1]).scales
+
+
+@dataclass(frozen=True, slots=True)
+class Zeros(Quantised):
+    """`zeros(x, "int4", 64, false)`: u8[..., bytes], zero points of four bits two in a byte."""
+
+    @property
+    def type(self) -> TensorType:
+        """See `WeightExpr`."""
+        size = -(-self.blocks * BITS[self.format] // 8)
+        return TensorType(DType.U8, (*self.x.type.shape[:-1], size))
+
+    def __str__(self) -> str:
+        return self._text("zeros")
+
+    def read(self, source: WeightSource, box: Box) -> torch.Tensor:
+        """See `WeightExpr`."""
+        import torch
+
+        per = 8 // BITS[self.format]
+        low, high = box[-1]
+        blocks = (low * per, min(high * per, self.blocks))
+        zeros = self._quantised(source, box[:-1], blocks).zeros
+        if zeros is None:
+            shape = [stop - start for start, stop in (*box[:-1], blocks)]
+            zeros = torch.full(shape, ZERO[self.format], dtype=torch.uint8)
+        return pack(zeros) if per == 2 else zeros
