@@ -17,9 +17,11 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from liquidc.ir.weights import WeightSource
+from liquidc.ir.weights import WeightExpr, WeightSource
 
 if TYPE_CHECKING:
+    import torch
+
     from liquidc.manifest import Manifest
 
 Arrays = dict[str, NDArray[Any]]
@@ -187,6 +189,19 @@ class Runner(ABC):
         """Free what the runner holds; it can't be used afterwards."""
 
 
+@dataclass(frozen=True, slots=True)
+class StoredWeight:
+    """A weight as it lies in an engine.
+
+    Args:
+        expr: what it holds, over the tensors of the checkpoint.
+        read: rows of it, from the engine's file, of the expression's type.
+    """
+
+    expr: WeightExpr
+    read: Callable[[int, int], torch.Tensor]
+
+
 class Backend(ABC):
     """A target.
 
@@ -227,6 +242,10 @@ class Backend(ABC):
     @abstractmethod
     def tools(self) -> dict[str, str]:
         """Versions of the tools that shape the engine's bytes, by name."""
+
+    @abstractmethod
+    def stored_weights(self, engine: Path, manifest: Manifest) -> dict[str, StoredWeight]:
+        """Every weight that lies in an engine, by name."""
 
     @abstractmethod
     def runner(self, engine: Path, manifest: Manifest, options: RunnerOptions) -> Runner:

@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import mmap
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from liquidc.backends.base import StoredWeight
 from liquidc.ir.types import DType, TensorType
 from liquidc.ir.weights import WeightExpr, WeightSource, evaluate, sizes, torch_dtype
 
@@ -94,3 +96,23 @@ class WeightsFile:
     def close(self) -> None:
         """Unmap the file."""
         self._map.close()
+
+
+def stored_weights(
+    path: Path, weights: Mapping[str, WeightExpr], offsets: Mapping[str, int]
+) -> dict[str, StoredWeight]:
+    """Weights that were written to a file, by name.
+
+    Args:
+        path: the file.
+        weights: what each holds.
+        offsets: where each lies.
+    """
+    index = {
+        name: {"dtype": expr.type.dtype, "shape": expr.type.shape, "offset": offsets[name]}
+        for name, expr in weights.items()
+    }
+    file = WeightsFile(path, index)
+    return {
+        name: StoredWeight(expr, partial(file.read_rows, name)) for name, expr in weights.items()
+    }

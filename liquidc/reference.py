@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from liquidc.errors import InputError
 from liquidc.frontend.model import LiquidCache, LiquidForCausalLM, LiquidOutput
+from liquidc.ir.weights import WeightSource
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,10 +31,12 @@ class Reference:
 
     Args:
         model: in evaluation mode and float32.
+        source: the checkpoint that it was read from.
     """
 
-    def __init__(self, model: LiquidForCausalLM) -> None:
+    def __init__(self, model: LiquidForCausalLM, source: WeightSource | None = None) -> None:
         self.model = model.eval().float()
+        self.source = source
 
     @classmethod
     def load(cls, directory: Path, sha256: str) -> Reference:
@@ -44,13 +47,14 @@ class Reference:
         """
         from liquidc.frontend.checkpoint import CheckpointSource
 
-        found = CheckpointSource(directory).sha256
+        source = CheckpointSource(directory)
+        found = source.sha256
         if found != sha256:
             raise InputError(
                 f"{directory}: not the model that the engine was compiled from (its hash is "
                 f"{found[:12]}…, the engine's {sha256[:12]}…); give the right one with --model DIR"
             )
-        return cls(LiquidForCausalLM.from_directory(directory))
+        return cls(LiquidForCausalLM.from_directory(directory), source)
 
     @torch.no_grad()
     def evaluate(self, ids: Sequence[int], force: Sequence[int] | None = None) -> ReferenceResult:

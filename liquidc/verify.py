@@ -31,6 +31,7 @@ from liquidc.fidelity import (
 )
 from liquidc.runtime import Engine
 from liquidc.trace_proof import Proof, prove
+from liquidc.weight_check import Finding, check_weights
 
 if TYPE_CHECKING:
     from liquidc.manifest import Manifest
@@ -199,16 +200,36 @@ def verify(
     skips = get_backend(engine.manifest.target["name"]).skips
     if not (proof.holds if skips else proof.covers):
         failures.append(_broken(proof))
+    weights = _weights(engine, reference)
+    failures += [
+        f"weight {w.name} ({w.format}) is {w.error:.3g} from the checkpoint's, at most "
+        f"{w.bound:g} is allowed"
+        for w in weights
+        if not w.fits
+    ]
     return {
         "passed": not failures,
         "failures": failures,
         **metrics,
         **proof.report(),
+        "weights_checked": len(weights),
+        "weights_error": {
+            format: max(w.error for w in weights if w.format == format)
+            for format in sorted({w.format for w in weights})
+        },
         "trace_rule": "equal" if skips else "at least",
         "thresholds": {name: getattr(thresholds, name) for name in Thresholds.__slots__},
         "windows": len(windows),
         "prompts": len(prompts),
     }
+
+
+def _weights(engine: Engine, reference: Reference) -> list[Finding]:
+    """All stored weights against the checkpoint; none if either is not a directory."""
+    if engine.path is None or reference.source is None:
+        return []
+    backend = get_backend(engine.manifest.target["name"])
+    return check_weights(backend.stored_weights(engine.path, engine.manifest), reference.source)
 
 
 def _quiet(what: str, done: int, total: int) -> None:

@@ -10,8 +10,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from liquidc.backends.base import Backend, Runner, RunnerOptions, Stage, StageContext
-from liquidc.backends.weights_file import NAME, write_weights
+from liquidc.backends.base import Backend, Runner, RunnerOptions, Stage, StageContext, StoredWeight
+from liquidc.backends.weights_file import NAME, stored_weights, write_weights
 from liquidc.ir import Module, ops, parse_module, print_module
 from liquidc.ir.weights import Stored, sizes
 
@@ -41,6 +41,7 @@ def write_engine(module: Module, context: StageContext) -> dict[str, Any]:
             "dtype": str(expr.type.dtype),
             "shape": list(sizes(expr.type.shape)),
             "offset": offsets[name],
+            "holds": str(expr),
         }
         for name, expr in module.weights.items()
     }
@@ -93,6 +94,17 @@ class NullBackend(Backend):
     def tools(self) -> dict[str, str]:
         """None but the frontend's."""
         return {}
+
+    def stored_weights(self, engine: Path, manifest: Manifest) -> dict[str, StoredWeight]:
+        """What the manifest's index says."""
+        index: dict[str, dict[str, Any]] = manifest.artifact["weights"]
+        text = "".join(
+            f"weight @{name} : {entry['dtype']}[{', '.join(map(str, entry['shape']))}] = "
+            f"{entry['holds']}\n"
+            for name, entry in index.items()
+        )
+        weights = parse_module(f"module @stored\n{text}", "the manifest's weights").weights
+        return stored_weights(engine / NAME, weights, {n: e["offset"] for n, e in index.items()})
 
     def runner(self, engine: Path, manifest: Manifest, options: RunnerOptions) -> Runner:
         """The interpreter; options change nothing."""

@@ -7,10 +7,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from liquidc.backends.base import Backend, Runner, RunnerOptions, Stage, StageContext
-from liquidc.backends.weights_file import NAME, write_weights
+from liquidc.backends.base import Backend, Runner, RunnerOptions, Stage, StageContext, StoredWeight
+from liquidc.backends.weights_file import NAME, stored_weights, write_weights
 from liquidc.errors import InputError
 from liquidc.ir import Module
+from liquidc.ir.weights import WeightExpr
 
 if TYPE_CHECKING:
     from liquidc.backends.onnxruntime.emit import Lowered
@@ -109,6 +110,23 @@ class OnnxRuntimeBackend(Backend):
     def tools(self) -> dict[str, str]:
         """What writes the graph."""
         return {"onnx": metadata.version("onnx")}
+
+    def stored_weights(self, engine: Path, manifest: Manifest) -> dict[str, StoredWeight]:
+        """The initialisers of all graphs, by the expressions in their documentation."""
+        import onnx
+
+        from liquidc.backends.onnxruntime.emit import read_lowered
+
+        weights: dict[str, WeightExpr] = {}
+        offsets: dict[str, int] = {}
+        for name in sorted(name for name in manifest.files if name.endswith(".onnx")):
+            model = onnx.load(engine / name, load_external_data=False)
+            weights |= read_lowered(model).weights
+            for tensor in model.graph.initializer:
+                told = {entry.key: entry.value for entry in tensor.external_data}
+                if "offset" in told:
+                    offsets[tensor.name] = int(told["offset"])
+        return stored_weights(engine / NAME, weights, offsets)
 
     def runner(self, engine: Path, manifest: Manifest, options: RunnerOptions) -> Runner:
         """A session with the cache bound in place."""

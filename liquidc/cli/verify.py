@@ -105,6 +105,8 @@ def command(
 
 
 def _show(result: dict[str, Any]) -> None:
+    from liquidc.weight_check import FARTHEST
+
     limits = result["thresholds"]
 
     def row(key: str, text: str, limit: str = "") -> list[str]:
@@ -146,6 +148,11 @@ def _show(result: dict[str, Any]) -> None:
             row("expert rows, by routes", f"{result['experts_run_by_routes']:,}"),
             row("expert rows, by trace", f"{result['experts_run_by_trace']:,}", "equal"),
         ]
+    for format, error in result["weights_error"].items():
+        bound = (
+            "equal" if not error and format not in FARTHEST else f"≤ {FARTHEST.get(format, 0):g}"
+        )
+        rows.append(row(f"{format} weights, ‖Δ‖ / ‖w‖", f"{error:.2e}", bound))
     table("", ["fidelity", "engine", "needed"], rows)
     _histogram(result["depth_histogram"], result["depth_histogram_reference"])
     for flip in result["gate_flips_listed"]:

@@ -36,6 +36,7 @@ class FakeReference:
     change: Any = None
     engine: Engine = field(default_factory=lambda: Engine(manifest(), FakeRunner()))
     replayed: list[int] = field(default_factory=list[int])
+    source: None = None
 
     def evaluate(self, ids: Sequence[int], force: Sequence[int] | None = None) -> ReferenceResult:
         assert not any(force or ())

@@ -1,0 +1,117 @@
+"""Every stored weight of an engine against the checkpoint, by value, some rows at a time.
+
+Floats must be the checkpoint's, bit by bit. Codes are made floats again, with the scales and zero
+points that lie in the file beside them, and must be near: a tensor of zeros, of another tensor's
+codes or in another order is farther away than any rounding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from liquidc.backends.base import StoredWeight
+from liquidc.ir.quantised import Codes, Quantised, Scales, Zeros, dequantise
+from liquidc.ir.weights import Select, WeightExpr, WeightSource, evaluate
+
+FARTHEST = {"int8": 0.03, "e4m3": 0.06, "int4": 0.25}
+"""Bounds of ‖w' − w‖ / ‖w‖ by format.
+
+Rounding to steps of size s errs by s/√12. The largest of 128 normal elements is about 3 σ, so that
+int8 errs by 0.7 % of σ, and int4 in blocks of 32 by 8 %; e4m3 keeps three bits, 2.6 %. Three times
+that is left for longer tails.
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """One weight: how far it is from the checkpoint's, relative to its norm, and the bound."""
+
+    name: str
+    format: str
+    error: float
+    bound: float
+
+    @property
+    def fits(self) -> bool:
+        """Whether it is the checkpoint's weight."""
+        return self.error <= self.bound
+
+
+def check_weights(stored: Mapping[str, StoredWeight], source: WeightSource) -> list[Finding]:
+    """Compare all weights of an engine.
+
+    Args:
+        stored: by name, what each holds and how its rows are read.
+        source: the checkpoint.
+    """
+    parts = {_key(weight.expr): weight for weight in stored.values()}
+    found: list[Finding] = []
+    for name, weight in stored.items():
+        kind, select = _peeled(weight.expr)
+        if isinstance(kind, Codes):
+            error = _far(weight, kind, select, parts, source)
+            found.append(Finding(name, kind.format, error, FARTHEST[kind.format]))
+        elif not isinstance(kind, Quantised):
+            found.append(Finding(name, str(weight.expr.type.dtype), _differs(weight, source), 0.0))
+    return found
+
+
+def _peeled(expr: WeightExpr) -> tuple[WeightExpr, int | None]:
+    """An expression, or that of the stack that it is one entry of, and its number."""
+    if isinstance(expr, Select) and isinstance(expr.x, Quantised):
+        return expr.x, expr.index
+    return expr, None
+
+
+def _key(expr: WeightExpr) -> Any:
+    kind, select = _peeled(expr)
+    return (type(kind), str(expr)) if not isinstance(kind, Quantised) else (str(kind), select)
+
+
+def _far(
+    weight: StoredWeight,
+    codes: Codes,
+    select: int | None,
+    parts: Mapping[Any, StoredWeight],
+    source: WeightSource,
+) -> float:
+    """‖w' − w‖ / ‖w‖ of codes with the scales and zeros that are stored for them."""
+    options = {n: getattr(codes, n) for n in ("x", "format", "block", "symmetric")}
+    scales = parts.get((str(Scales(**options)), select))
+    zeros = None if codes.symmetric else parts.get((str(Zeros(**options)), select))
+    if scales is None or (zeros is None and not codes.symmetric):
+        return float("inf")
+    wanted = codes.x if select is None else Select(codes.x, select)
+    apart = size = 0.0
+    for start, block in _rows(wanted, source):
+        rows = (start, start + len(block))
+        got = dequantise(
+            weight.read(*rows),
+            scales.read(*rows),
+            None if zeros is None else zeros.read(*rows),
+            codes.format,
+        )
+        apart += float((got.double() - block.double()).square().sum())
+        size += float(block.double().square().sum())
+    return (apart / size) ** 0.5 if size else float(apart > 0)
+
+
+def _differs(weight: StoredWeight, source: WeightSource) -> float:
+    """0 if every bit is the same, else 1."""
+    for start, block in _rows(weight.expr, source):
+        read = weight.read(start, start + len(block))
+        if read.reshape(-1).view(torch.uint8).ne(block.reshape(-1).view(torch.uint8)).any():
+            return 1.0
+    return 0.0
+
+
+def _rows(expr: WeightExpr, source: WeightSource) -> Iterator[tuple[int, torch.Tensor]]:
+    start = 0
+    for block in evaluate(expr, source, 64 * 2**20):
+        block = block.reshape(1) if not block.dim() else block
+        yield start, block
+        start += len(block)
