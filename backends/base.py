@@ -33,6 +33,20 @@ def _ignore(amount: int) -> None:
 
 
 @dataclass(frozen=True, slots=True)
+class Choices:
+    """Lowerings that a compile may ask for instead of the target's own.
+
+    Args:
+        portable_weights: codes are dequantised by an operator of the ONNX standard.
+        fused_experts: the experts of a layer are one operator, in which no profile tells them
+            apart.
+    """
+
+    portable_weights: bool = False
+    fused_experts: bool = False
+
+
+@dataclass(frozen=True, slots=True)
 class StageContext:
     """What a stage may use besides its artefact.
 
@@ -41,11 +55,13 @@ class StageContext:
             writes to it).
         source: where the module's weights are read from.
         advance: called with the number of bytes of weights written, for the progress bar.
+        choices: lowerings that were asked for.
     """
 
     directory: Path
     source: WeightSource
     advance: Callable[[int], None] = _ignore
+    choices: Choices = Choices()
 
 
 @dataclass(frozen=True, slots=True)
@@ -214,6 +230,7 @@ class Backend(ABC):
         stages: from the module after the passes to the engine's files.
         summary: one line for `liquidc targets`.
         skips: whether a skipped token costs no row of work; else layers are computed under masks.
+        choices: names of the `Choices` that it has.
     """
 
     name: str
@@ -222,6 +239,7 @@ class Backend(ABC):
     pipeline: tuple[str, ...] | None = None
     leaves_out: tuple[str, ...] = ()
     skips: bool = True
+    choices: tuple[str, ...] = ()
     stages: tuple[Stage, ...]
 
     @abstractmethod

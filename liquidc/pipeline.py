@@ -259,7 +259,9 @@ class _Run:
         return module
 
     def _backend_stages(self, module: Module) -> dict[str, Any]:
-        context = StageContext(self.directory, self.model.weights, self.progress.advance)
+        context = StageContext(
+            self.directory, self.model.weights, self.progress.advance, self.options.choices
+        )
         start = self.options.start
         stages = list(self.plan.backend.stages)
         names = [stage.name for stage in stages]

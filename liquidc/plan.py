@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from liquidc.backends.base import Backend
+from liquidc.backends.base import Backend, Choices
 from liquidc.backends.registry import get_backend
 from liquidc.errors import InputError, TargetUnavailable
 from liquidc.passes.registry import PROFILED
@@ -31,6 +31,8 @@ class CompileOptions:
         specialize: "exact" adds what the profile suggests and changes no result; "budget" also
             fixes gates as far as `max_kl` allows.
         quantize: scheme of the weights, with options of the pass `quantize`: `int4{block=64}`.
+        portable_weights: dequantise codes by an operator of the ONNX standard.
+        fused_experts: make the experts of a layer one operator, which hides which of them ran.
         max_kl: mean KL(original || compiled) in nats per token that a lossy compile may cost;
             None for 0.01 with `specialize="budget"`, else no limit.
         data: held-out text to measure a lossy compile on; default: heldout.txt of the model.
@@ -48,12 +50,19 @@ class CompileOptions:
     machine: Path | None = None
     specialize: str = ""
     quantize: str = ""
+    portable_weights: bool = False
+    fused_experts: bool = False
     max_kl: float | None = None
     data: Path | None = None
     verify_each: bool = False
     dump: Path | None = None
     start: tuple[str, Path] | None = None
     force: bool = False
+
+    @property
+    def choices(self) -> Choices:
+        """Lowerings that are asked for."""
+        return Choices(self.portable_weights, self.fused_experts)
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,6 +88,10 @@ def make_plan(options: CompileOptions) -> Plan:
         TargetUnavailable: the target can't be built here.
     """
     backend = get_backend(options.target)
+    for name, asked in asdict(options.choices).items():
+        if asked and name not in backend.choices:
+            flag = f"--{name.replace('_', '-')}"
+            raise InputError(f"the target {backend.name} has no {flag}: leave it out")
     passes = plan_passes(_pass_names(options, backend), options.without)
     stages = ("trace", "passes", *(stage.name for stage in backend.stages))
     if options.start is not None:

@@ -25,8 +25,7 @@ def lower_module(module: Module, context: StageContext) -> Lowered:
     """IR to ONNX, weights still lazy."""
     from liquidc.backends.onnxruntime.emit import lower
 
-    del context
-    return lower(module)
+    return lower(module, choices=context.choices)
 
 
 def dump_lowered(lowered: Lowered, path: Path) -> None:
@@ -56,13 +55,14 @@ def load_lowered(path: Path) -> Lowered:
 
 def write_engine(lowered: Lowered, context: StageContext) -> dict[str, Any]:
     """Write weights.bin, then model.onnx that points into it."""
-    from liquidc.backends.onnxruntime.emit import place
+    from liquidc.backends.onnxruntime.emit import place, readers
 
     path = context.directory / NAME
     offsets = write_weights(path, lowered.weights, context.source, context.advance)
     model = place(lowered, NAME, offsets)
     (context.directory / MODEL).write_bytes(model.SerializeToString(deterministic=True))
-    return {"model": MODEL, "weights": len(offsets), "nodes": len(model.graph.node)}
+    codes = {"codes_read_by": found} if (found := readers(model)) else {}
+    return {"model": MODEL, "weights": len(offsets), "nodes": len(model.graph.node), **codes}
 
 
 def _version(name: str) -> str | None:
@@ -81,6 +81,7 @@ class OnnxRuntimeBackend(Backend):
     # Each expert is a conditional of its own here, and a shared expert needs none: fused, decoding
     # takes 2 % longer (docs/facts.md).
     leaves_out = ("fuse-shared-experts",)
+    choices = ("portable_weights", "fused_experts")
     stages = (
         Stage("lower", ".onnx", lower_module, dump_lowered, load_lowered),
         Stage("engine", "", write_engine),

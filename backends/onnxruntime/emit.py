@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import onnx
 from onnx import helper
 
+from liquidc.backends.base import Choices
 from liquidc.backends.onnxruntime import (
     emit_cache,
     emit_experts,
@@ -43,7 +44,13 @@ class Lowered:
     weights: Mapping[str, WeightExpr]
 
 
-def lower(module: Module, name: str = "prefill", *, branching: bool = True) -> Lowered:
+def lower(
+    module: Module,
+    name: str = "prefill",
+    *,
+    branching: bool = True,
+    choices: Choices | None = None,
+) -> Lowered:
     """One function of a module.
 
     Args:
@@ -51,12 +58,15 @@ def lower(module: Module, name: str = "prefill", *, branching: bool = True) -> L
         name: of the function.
         branching: whether experts may be conditionals; without, an expert that no token chose is
             computed on no rows.
+        choices: lowerings that were asked for.
 
     Raises:
         UnsupportedError: an op has no lowering; names it and the line of the model.
     """
     function = module.functions[name]
-    shared = Shared(module, emit_block, branching, layers=layers_of_experts(function))
+    shared = Shared(
+        module, emit_block, branching, choices or Choices(), layers=layers_of_experts(function)
+    )
     graph = Graph(shared)
     inputs = [_info(arg.name, arg.type) for arg in function.args]
     for arg in function.args:
@@ -109,12 +119,24 @@ def read_lowered(model: onnx.ModelProto) -> Lowered:
     return Lowered(model, parse_module(f"module @lowered\n{text}", "the model's weights").weights)
 
 
+def readers(model: onnx.ModelProto) -> list[str]:
+    """Operators of a model that read codes, by name."""
+
+    def kinds(graph: onnx.GraphProto) -> set[str]:
+        found = {node.op_type for node in graph.node}
+        arms = (attribute.g for node in graph.node for attribute in node.attribute)
+        return found.union(*(kinds(arm) for arm in arms if arm.node))
+
+    return sorted(kinds(model.graph) & {"MatMulNBits", "DequantizeLinear", "QMoE"})
+
+
 def _external(name: str, expr: WeightExpr, shared: Shared) -> onnx.TensorProto:
     """An initialiser without data, documented by the expression that says what it holds."""
-    element = shared.elements.get(name, ELEMENT[expr.type.dtype])
+    plain = (ELEMENT[expr.type.dtype], sizes(expr.type.shape))
+    element, shape = shared.forms.get(name, plain)
     tensor = onnx.TensorProto(name=name, data_type=element)
     tensor.doc_string = f"{expr.type} = {expr}"
-    tensor.dims.extend(sizes(expr.type.shape))
+    tensor.dims.extend(shape)
     return tensor
 
 

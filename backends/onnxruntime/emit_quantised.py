@@ -1,4 +1,12 @@
-"""Products with weights, which may be codes: the kernels for few bits, or floats made of codes."""
+"""Products with weights, which may be codes: the kernels for few bits, or floats made of codes.
+
+A weight that is dequantised has one of three forms:
+
+- `_few_bits`: MatMulNBits reads the codes;
+- `_standard`: DequantizeLinear of ai.onnx makes floats, which a Gemm reads. Asked for by
+  `--portable-weights`, and for e4m3, which MatMulNBits has not;
+- `_floats`: plain maths make floats, where codes are computed or in no form that the others take.
+"""
 
 from __future__ import annotations
 
@@ -10,10 +18,19 @@ from liquidc.backends.onnxruntime.graph import Graph
 from liquidc.errors import UnsupportedError
 from liquidc.ir import Op, Value, ops
 from liquidc.ir.quantised import BITS, ZERO
+from liquidc.ir.weight_maths import Xor
 from liquidc.ir.weights import sizes
 
 LEAST = 16
 """MatMulNBits takes blocks of a power of two from here on."""
+STANDARD = {
+    ("int4", False): (TensorProto.INT4, 0x88),
+    ("int4", True): (TensorProto.UINT4, 0),
+    ("int8", False): (TensorProto.INT8, 0x80),
+    ("int8", True): (TensorProto.UINT8, 0),
+    ("e4m3", False): (TensorProto.FLOAT8E4M3FN, 0),
+}
+"""Types of codes for DequantizeLinear, and the bits that are flipped; by format and zero points."""
 
 
 def product(g: Graph, x: str, weight: Value, bias: str = "", expert: int | None = None) -> str:
@@ -26,6 +43,8 @@ def product(g: Graph, x: str, weight: Value, bias: str = "", expert: int | None 
     op = weight.op
     if not isinstance(op, ops.Dequantize):
         w = g.expert(weight, expert)
+    elif _standardised(g, op):
+        w = _standard(g, op, expert)
     elif op.format == "e4m3" or op.block < LEAST or op.block & (op.block - 1):
         w = _floats(g, op, expert)
     else:
@@ -40,6 +59,53 @@ def multiplies(op: ops.Dequantize) -> bool:
         or (isinstance(user, ops.GroupedExperts) and op.y in (user.gate_up, user.down))
         for user in op.y.uses
     )
+
+
+def _standardised(g: Graph, op: ops.Dequantize) -> bool:
+    """Whether DequantizeLinear is wanted, and can be: it takes tensors that the engine stores.
+
+    Zero points of four bits are packed without regard to rows, ours row by row: the same where
+    rows have an even number of them.
+    """
+    parts = [part for part in (op.codes, op.scales, op.zeros) if part is not None]
+    if not all(isinstance(part.op, ops.Weight) for part in parts):
+        return False
+    if op.zeros is not None and op.format == "int4" and sizes(op.scales.shape)[-1] % 2:
+        return False
+    return op.format == "e4m3" or g.shared.choices.portable_weights
+
+
+def _standard(g: Graph, op: ops.Dequantize, expert: int | None) -> str:
+    """The floats of codes, by DequantizeLinear.
+
+    Codes without zero points become signed ones, whose zero is 0: TensorRT takes no others. The
+    weight keeps its layout [N, K], blocks along the last dimension: ONNX Runtime 1.32 fails to
+    load the form that it would fuse, [K, N] and MatMul, inside an If (docs/facts.md).
+    """
+    shape = sizes(op.y.shape if expert is None else op.y.shape[1:])
+    element, flip = STANDARD[op.format, op.zeros is not None]
+    inputs = [_stored(g, op.codes, expert, element, shape, flip), g.expert(op.scales, expert)]
+    if op.zeros is not None:
+        blocks = (*shape[:-1], shape[-1] // op.block)
+        inputs.append(_stored(g, op.zeros, expert, element, blocks))
+    return g.op("DequantizeLinear", inputs, axis=len(shape) - 1, block_size=op.block)
+
+
+def _stored(
+    g: Graph, value: Value, expert: int | None, element: int, shape: tuple[int, ...], flip: int = 0
+) -> str:
+    """The bytes of a weight, some bits flipped, as a tensor of another type."""
+    name, expr = g.weight_expr(stored_name(value), expert)
+    if flip:
+        name, expr = f"{name}.signed", Xor(expr, flip)
+    return g.view(name, expr, element, shape)
+
+
+def stored_name(value: Value) -> str:
+    """The name of a value that is a weight."""
+    if not isinstance(value.op, ops.Weight):
+        raise UnsupportedError(f"onnxruntime: %{value.name} is no weight of the model")
+    return value.op.weight
 
 
 def _few_bits(g: Graph, x: str, op: ops.Dequantize, bias: str, expert: int | None) -> str:
@@ -60,11 +126,9 @@ def _few_bits(g: Graph, x: str, op: ops.Dequantize, bias: str, expert: int | Non
 
 def _floats(g: Graph, op: ops.Dequantize, expert: int | None) -> str:
     """The floats of codes, by plain maths."""
-    codes, scales = g.expert(op.codes, expert), g.expert(op.scales, expert)
     if op.format == "e4m3":
-        if codes not in g.shared.weights:
-            raise UnsupportedError(f"onnxruntime: e4m3 codes at {op.loc} are no weight")
-        g.shared.elements[codes] = TensorProto.FLOAT8E4M3FN
+        raise UnsupportedError(f"onnxruntime: e4m3 codes at {op.loc} are no weight")
+    codes, scales = g.expert(op.codes, expert), g.expert(op.scales, expert)
     whole = op.codes.shape if expert is None else op.codes.shape[1:]
     *lead, blocks, _ = sizes(whole)
     if op.format == "int4":
@@ -77,7 +141,7 @@ def _floats(g: Graph, op: ops.Dequantize, expert: int | None) -> str:
             zeros = g.op("Slice", [zeros, g.const([0]), g.const([blocks]), g.const([len(lead)])])
         zeros = g.op("Cast", [zeros], to=TensorProto.FLOAT)
         values = g.op("Sub", [values, g.op("Unsqueeze", [zeros, g.const([-1])])])
-    elif ZERO[op.format]:
+    else:
         values = g.op("Sub", [values, g.const(ZERO[op.format], np.float32)])
     values = g.op("Mul", [values, g.op("Unsqueeze", [scales, g.const([-1])])])
     return g.op("Reshape", [values, g.const([*lead, blocks * op.block])])
@@ -93,7 +157,9 @@ def _unpacked(g: Graph, data: str, shape: list[int]) -> str:
 
 def _dequantize(g: Graph, op: ops.Dequantize) -> list[str]:
     """Nothing where products read the codes."""
-    return [] if multiplies(op) else [_floats(g, op, None)]
+    if multiplies(op):
+        return []
+    return [_standard(g, op, None) if _standardised(g, op) else _floats(g, op, None)]
 
 
 EMIT: dict[type[Op], Emit] = {ops.Dequantize: _dequantize}

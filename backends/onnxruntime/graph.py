@@ -11,6 +11,7 @@ import onnx
 from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
+from liquidc.backends.base import Choices
 from liquidc.errors import UnsupportedError
 from liquidc.ir import Block, Dim, DType, Module, Op, Value, ops
 from liquidc.ir.types import dim_names
@@ -42,24 +43,28 @@ NUMPY: dict[DType, Any] = {
 }
 
 
+Form = tuple[int, tuple[int, ...]]
+
+
 @dataclass
 class Shared:
     """What a graph and its arms have in common.
 
     `weights` are stored beside the model, `constants` inside it; `counts` numbers names,
-    `layers` says where experts belong, `elements` which weights are no plain bytes. `emit` adds
-    the nodes of a block. Without `branching` there is no If.
+    `layers` says where experts belong, `forms` the element type and shape of weights that are no
+    plain tensors. `emit` adds the nodes of a block. Without `branching` there is no If.
     """
 
     module: Module
     emit: Callable[[Graph, Block], None]
     branching: bool = True
+    choices: Choices = field(default_factory=Choices)
     weights: dict[str, WeightExpr] = field(default_factory=dict[str, WeightExpr])
     constants: dict[Any, str] = field(default_factory=dict[Any, str])
     initializers: list[onnx.TensorProto] = field(default_factory=list[onnx.TensorProto])
     counts: dict[str, int] = field(default_factory=dict[str, int])
     layers: dict[Op, int] = field(default_factory=dict[Op, int])
-    elements: dict[str, int] = field(default_factory=dict[str, int])
+    forms: dict[str, Form] = field(default_factory=dict[str, Form])
 
     def unique(self, name: str) -> str:
         """`name`, with a number from its second use on."""
@@ -120,10 +125,19 @@ class Graph:
 
     def weight(self, name: str, expert: int | None = None) -> str:
         """A weight of the IR module, or one expert's part of it, as an initialiser of its own."""
-        expr = self.shared.module.weights[name]
-        if expert is not None:
-            name, expr = f"{name}.{expert}", Select(expr, expert)
+        name, expr = self.weight_expr(name, expert)
         self.shared.weights.setdefault(name, expr)
+        return name
+
+    def weight_expr(self, name: str, expert: int | None = None) -> tuple[str, WeightExpr]:
+        """What a weight is called, and what it holds; or one expert's part of it."""
+        expr = self.shared.module.weights[name]
+        return (name, expr) if expert is None else (f"{name}.{expert}", Select(expr, expert))
+
+    def view(self, name: str, expr: WeightExpr, element: int, shape: Sequence[int]) -> str:
+        """The bytes of `expr`, as an initialiser of another element type and shape."""
+        self.shared.weights.setdefault(name, expr)
+        self.shared.forms[name] = (element, tuple(shape))
         return name
 
     def name(self, value: Value) -> str:

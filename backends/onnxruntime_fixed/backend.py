@@ -26,26 +26,31 @@ def lower_module(module: Module, context: StageContext) -> dict[str, Lowered]:
     """Every function as a graph, by name."""
     from liquidc.backends.onnxruntime.emit import lower
 
-    del context
-    return {name: lower(module, name, branching=False) for name in module.functions}
+    return {
+        name: lower(module, name, branching=False, choices=context.choices)
+        for name in module.functions
+    }
 
 
 def write_engine(graphs: dict[str, Lowered], context: StageContext) -> dict[str, Any]:
     """Write weights.bin, which all graphs share, and the graphs."""
-    from liquidc.backends.onnxruntime.emit import place
+    from liquidc.backends.onnxruntime.emit import place, readers
 
     weights: dict[str, WeightExpr] = {}
     for lowered in graphs.values():
         weights |= lowered.weights
     offsets = write_weights(context.directory / NAME, weights, context.source, context.advance)
     nodes: dict[str, int] = {}
+    codes: set[str] = set()
     for name, lowered in graphs.items():
         model = place(lowered, NAME, offsets)
         file = MODEL if name == "prefill" else f"{name}.onnx"
         (context.directory / file).write_bytes(model.SerializeToString(deterministic=True))
         nodes[file] = len(model.graph.node)
+        codes.update(readers(model))
     paths = [name.removeprefix(PATH) for name in graphs if name.startswith(PATH)]
-    return {"model": MODEL, "weights": len(offsets), "nodes": nodes, "paths": paths}
+    told = {"codes_read_by": sorted(codes)} if codes else {}
+    return {"model": MODEL, "weights": len(offsets), "nodes": nodes, "paths": paths, **told}
 
 
 class OnnxRuntimeFixedBackend(OnnxRuntimeBackend):

@@ -42,6 +42,17 @@ Examples:
 @click.option("--profile", type=click.Path(path_type=Path), help="Of this model, for the passes.")
 @click.option("--quantize", default="", metavar="SCHEME", help="int8, int4 or fp8; int4{block=64}.")
 @click.option(
+    "--portable-weights",
+    is_flag=True,
+    help="Dequantise by the standard operator, for runtimes without ONNX Runtime's MatMulNBits; "
+    "of weights alone: other operators of com.microsoft stay.",
+)
+@click.option(
+    "--fused-experts",
+    is_flag=True,
+    help="One QMoE for the experts of a layer: faster, but no profile shows which ran.",
+)
+@click.option(
     "--machine",
     type=click.Path(path_type=Path),
     help="Table of bench/machine_table.py by which lowerings are chosen.",
@@ -65,6 +76,8 @@ def command(
     data: Path | None,
     profile: Path | None,
     quantize: str,
+    portable_weights: bool,
+    fused_experts: bool,
     machine: Path | None,
     verify_each: bool,
     dump_dir: Path | None,
@@ -93,6 +106,8 @@ def command(
         add=add_pass,
         profile=profile,
         quantize=quantize,
+        portable_weights=portable_weights,
+        fused_experts=fused_experts,
         machine=machine,
         specialize=specialize or "",
         max_kl=max_kl,

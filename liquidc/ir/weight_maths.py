@@ -1,4 +1,4 @@
-"""Weight expressions that rearrange or compute: `take`, `mix`, `product`; and all of them by name.
+"""Weight expressions that rearrange or compute: `take`, `xor`, `mix`, `product`; and all by name.
 
 Like those of `liquidc.ir.weights`, their elements depend neither on the box that is read nor on
 threads: sums are taken in float64 in a fixed order, or rounded correctly.
@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from liquidc.ir.quantised import Codes, Scales, Zeros
-from liquidc.ir.types import TensorType
+from liquidc.ir.types import DType, TensorType
 from liquidc.ir.weights import (
     Box,
     Cast,
@@ -70,6 +70,38 @@ class Take(WeightExpr):
         first = min(wanted)
         span = self.x.read(source, (*before, (first, max(wanted) + 1), *after))
         return span.index_select(self.dim, torch.tensor([i - first for i in wanted]))
+
+
+@dataclass(frozen=True, slots=True)
+class Xor(WeightExpr):
+    """`xor(x, 128)`: every byte of `x` with some bits flipped.
+
+    Codes of eight bits whose zero is 128 become signed ones with 128, two of four bits whose zero
+    is 8 with 136 (hex 88).
+    """
+
+    x: WeightExpr
+    mask: int
+
+    def __post_init__(self) -> None:
+        if self.x.type.dtype != DType.U8 or not 0 <= self.mask <= 255:
+            raise ValueError(f"xor of {self.x.type} and {self.mask}")
+
+    @property
+    def type(self) -> TensorType:
+        """See `WeightExpr`."""
+        return self.x.type
+
+    def __str__(self) -> str:
+        return f"xor({self.x}, {self.mask})"
+
+    def sources(self) -> tuple[str, ...]:
+        """See `WeightExpr`."""
+        return self.x.sources()
+
+    def read(self, source: WeightSource, box: Box) -> torch.Tensor:
+        """See `WeightExpr`."""
+        return self.x.read(source, box) ^ self.mask
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,6 +188,7 @@ FUNCTIONS: dict[str, Callable[..., WeightExpr]] = {
     "stack": lambda xs: Stack(tuple(xs)),
     "cast": Cast,
     "take": lambda x, dim, index: Take(x, dim, tuple(index)),
+    "xor": Xor,
     "mix": lambda xs, shares: Mix(tuple(xs), tuple(map(float, shares))),
     "product": Product,
     "codes": Codes,
