@@ -8,13 +8,13 @@ codes or in another order is farther away than any rounding.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
 
 import torch
 
 from liquidc.backends.base import StoredWeight
 from liquidc.ir.quantised import Codes, Quantised, Scales, Zeros, dequantise
+from liquidc.ir.weight_maths import Take, Xor
 from liquidc.ir.weights import Select, WeightExpr, WeightSource, evaluate
 
 FARTHEST = {"int8": 0.03, "e4m3": 0.06, "int4": 0.25}
@@ -48,49 +48,53 @@ def check_weights(stored: Mapping[str, StoredWeight], source: WeightSource) -> l
         stored: by name, what each holds and how its rows are read.
         source: the checkpoint.
     """
-    parts = {_key(weight.expr): weight for weight in stored.values()}
+    parts = {str(weight.expr): weight for weight in stored.values()}
     found: list[Finding] = []
     for name, weight in stored.items():
-        kind, select = _peeled(weight.expr)
+        kind, flipped = _peeled(weight.expr)
         if isinstance(kind, Codes):
-            error = _far(weight, kind, select, parts, source)
+            error = _far(weight, kind, flipped, parts, source)
             found.append(Finding(name, kind.format, error, FARTHEST[kind.format]))
         elif not isinstance(kind, Quantised):
             found.append(Finding(name, str(weight.expr.type.dtype), _differs(weight, source), 0.0))
     return found
 
 
-def _peeled(expr: WeightExpr) -> tuple[WeightExpr, int | None]:
-    """An expression, or that of the stack that it is one entry of, and its number."""
-    if isinstance(expr, Select) and isinstance(expr.x, Quantised):
-        return expr.x, expr.index
-    return expr, None
+def _peeled(expr: WeightExpr) -> tuple[WeightExpr, int]:
+    """What rows are taken of, and which bits of them are flipped."""
+    flipped = 0
+    while isinstance(expr, Select | Take | Xor):
+        flipped ^= expr.mask if isinstance(expr, Xor) else 0
+        expr = expr.x
+    return expr, flipped
 
 
-def _key(expr: WeightExpr) -> Any:
-    kind, select = _peeled(expr)
-    return (type(kind), str(expr)) if not isinstance(kind, Quantised) else (str(kind), select)
+def _same_rows(expr: WeightExpr, of: WeightExpr) -> WeightExpr:
+    """The rows of another tensor that `expr` takes of codes."""
+    if isinstance(expr, Xor):
+        return _same_rows(expr.x, of)
+    return replace(expr, x=_same_rows(expr.x, of)) if isinstance(expr, Select | Take) else of
 
 
 def _far(
     weight: StoredWeight,
     codes: Codes,
-    select: int | None,
-    parts: Mapping[Any, StoredWeight],
+    flipped: int,
+    parts: Mapping[str, StoredWeight],
     source: WeightSource,
 ) -> float:
     """‖w' − w‖ / ‖w‖ of codes with the scales and zeros that are stored for them."""
     options = {n: getattr(codes, n) for n in ("x", "format", "block", "symmetric")}
-    scales = parts.get((str(Scales(**options)), select))
-    zeros = None if codes.symmetric else parts.get((str(Zeros(**options)), select))
+    scales = parts.get(str(_same_rows(weight.expr, Scales(**options))))
+    zeros = parts.get(str(_same_rows(weight.expr, Zeros(**options))))
     if scales is None or (zeros is None and not codes.symmetric):
         return float("inf")
-    wanted = codes.x if select is None else Select(codes.x, select)
+    wanted = _same_rows(weight.expr, codes.x)
     apart = size = 0.0
     for start, block in _rows(wanted, source):
         rows = (start, start + len(block))
         got = dequantise(
-            weight.read(*rows),
+            weight.read(*rows) ^ flipped,
             scales.read(*rows),
             None if zeros is None else zeros.read(*rows),
             codes.format,
