@@ -104,8 +104,11 @@ class CheckpointSource:
         """Rows `start:stop` of a tensor as stored; a scalar counts as one row.
 
         Raises:
-            CheckpointError: they hold NaN or infinity, or the file is shorter than it was.
+            CheckpointError: they hold NaN or infinity, or the file is shorter than it was, or the
+                tensor is none of the checkpoint's.
         """
+        if name not in self._entries:
+            raise CheckpointError(f"{self.directory} has no tensor {name}")
         entry, dtype = self._entries[name], self._type(name).dtype
         inner = entry.shape[1:]
         row = math.prod(inner) * dtype.bytes

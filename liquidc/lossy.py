@@ -11,11 +11,10 @@ import torch
 from liquidc import facts
 from liquidc.errors import InputError
 from liquidc.ir import Block, Module, Op, Value, ops
-from liquidc.ir.interpreter import Frame, Interpreter
+from liquidc.ir.interpreter import Frame, Interpreter, first_call
 from liquidc.ir.rewriter import Refusal, Rewriter
 from liquidc.ir.weight_maths import Take
 from liquidc.ir.weights import WeightSource
-from liquidc.observers import first_call
 from liquidc.passes.routed_experts import Routed, readers, routed, routers
 
 COLUMNS = ("layer", "tokens", "relative error", "top-k overlap", "experts with too few tokens")

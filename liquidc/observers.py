@@ -14,12 +14,11 @@ from numpy.typing import NDArray
 from liquidc import facts
 from liquidc.errors import InputError
 from liquidc.inputs import ModelInput
-from liquidc.ir import Op, Value, ops
+from liquidc.ir import Op, ops
 from liquidc.ir.experts import experts_held, identity_experts, layers_of_experts
-from liquidc.ir.interpreter import Frame, Interpreter
+from liquidc.ir.interpreter import Frame, Interpreter, first_call
 from liquidc.ir.rewriter import Statistics
 from liquidc.ir.semantics import expert_weight, router_scores
-from liquidc.ir.weights import torch_dtype
 from liquidc.manifest import ModelInfo
 from liquidc.passes.registry import DEFAULT_PIPELINE
 from liquidc.passplan import plan_passes, run_passes
@@ -136,20 +135,6 @@ class ModelObserver:
     def inputs(self, ids: Sequence[int]) -> dict[str, torch.Tensor]:
         """The arguments of @prefill for one sequence on an empty cache."""
         return first_call(self._function.args, ids)
-
-
-def first_call(args: Sequence[Value], ids: Sequence[int]) -> dict[str, torch.Tensor]:
-    """Arguments for one sequence on an empty cache, everything else zero."""
-    named = {"B": 1, "T": len(ids), "S": len(ids), "P": 1}
-    inputs: dict[str, torch.Tensor] = {}
-    for arg in args:
-        shape = [dim if isinstance(dim, int) else named[dim] for dim in arg.shape]
-        inputs[arg.name] = torch.zeros(shape, dtype=torch_dtype(arg.dtype))
-    inputs["input_ids"] = torch.tensor([list(ids)])
-    inputs["lengths"] = torch.tensor([len(ids)])
-    if "logit_index" in inputs:
-        inputs["logit_index"] = torch.tensor([[len(ids) - 1]])
-    return inputs
 
 
 @dataclass(slots=True)

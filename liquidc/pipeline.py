@@ -11,12 +11,13 @@ from __future__ import annotations
 import datetime
 import platform
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from liquidc import cost, facts
 from liquidc.backends.base import Stage, StageContext
+from liquidc.calibrated import CalibratedSource
 from liquidc.engine import EngineWriter, sha256_file, writing
 from liquidc.errors import InputError
 from liquidc.inputs import DirectoryInput, ModelInput, ModuleInput
@@ -135,8 +136,9 @@ def compile_model(
     writer.check()
     plan = make_plan(options)
     opened = open_model(model)
+    source = CalibratedSource(opened.weights, writer.path / "calibrated")
     with writer, writing(writer.output):
-        run = _Run(plan, options, opened, writer.path, progress or Silent())
+        run = _Run(plan, options, opened, source, writer.path, progress or Silent())
         manifest = run.everything()
         with measured() as time:
             log = _build_log(opened, run.times)
@@ -152,6 +154,7 @@ class _Run:
     plan: Plan
     options: CompileOptions
     model: ModelInput
+    source: CalibratedSource
     directory: Path
     progress: Progress
     times: list[StageTime] = field(default_factory=list[StageTime])
@@ -178,6 +181,8 @@ class _Run:
             else:
                 traced = self._timed("trace", self._trace)
             lossy = Lossy(self.options, self.model, self.plan.passes, context)
+            if lossy.calibrates:
+                context = replace(context, calibration=lossy.calibration(traced, self.source))
             if self.options.specialize == "budget":
                 self.passes = self._timed("specialize", lambda: lossy.choose(traced))
             module = self._timed("passes", lambda: self._passes(traced, context))
@@ -191,6 +196,7 @@ class _Run:
                 fidelity = self._timed("measure", lambda: lossy.measure(traced, module))
                 self.statistics.facts.setdefault("fix-gates", {}).update(lossy.told)
         artifact = self._backend_stages(module)
+        self.source.remove()
         files = self.model.files()
         for name, data in sorted(files.items()):
             (self.directory / name).write_bytes(data)
@@ -246,7 +252,7 @@ class _Run:
             profile = read_profile(path)
             profile.check_model(self.model.sha256, str(path))
         machine = None if self.options.machine is None else read_table(self.options.machine)
-        return PassContext(profile, self.model.weights, machine)
+        return PassContext(profile, self.source, machine)
 
     def _read(self, path: Path) -> Module:
         from liquidc.ir import verify
@@ -260,7 +266,7 @@ class _Run:
 
     def _backend_stages(self, module: Module) -> dict[str, Any]:
         context = StageContext(
-            self.directory, self.model.weights, self.progress.advance, self.options.choices
+            self.directory, self.source, self.progress.advance, self.options.choices
         )
         start = self.options.start
         stages = list(self.plan.backend.stages)

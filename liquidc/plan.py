@@ -31,6 +31,7 @@ class CompileOptions:
         specialize: "exact" adds what the profile suggests and changes no result; "budget" also
             fixes gates as far as `max_kl` allows.
         quantize: scheme of the weights, with options of the pass `quantize`: `int4{block=64}`.
+        calibration: text to calibrate on, as `quantize{method=gptq}` does.
         portable_weights: dequantise codes by an operator of the ONNX standard.
         fused_experts: make the experts of a layer one operator, which hides which of them ran.
         max_kl: mean KL(original || compiled) in nats per token that a lossy compile may cost;
@@ -52,6 +53,7 @@ class CompileOptions:
     quantize: str = ""
     portable_weights: bool = False
     fused_experts: bool = False
+    calibration: Path | None = None
     max_kl: float | None = None
     data: Path | None = None
     verify_each: bool = False
@@ -126,7 +128,11 @@ def _pass_names(options: CompileOptions, backend: Backend) -> tuple[str, ...]:
     if options.specialize == "budget":
         added += ["fix-gates", "eliminate-dead"]
     if options.quantize:
-        names = (*names, _quantize(options.quantize), "eliminate-dead")
+        # Before a layer's conditional becomes a mask or its tokens are compacted: which tokens run
+        # a layer is then still to be seen, and what lowering is best depends on the bytes to read.
+        at = names.index("fuse-linear") + 1 if "fuse-linear" in names else len(names)
+        names = (*names[:at], _quantize(options.quantize), *names[at:])
+        names = names if "eliminate-dead" in names[at:] else (*names, "eliminate-dead")
     if not added:
         return names
     bare = [name.partition("{")[0] for name in names]

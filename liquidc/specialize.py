@@ -18,15 +18,16 @@ import torch
 from numpy.typing import NDArray
 
 from liquidc import lossy
+from liquidc.calibrated import CalibratedSource
 from liquidc.errors import CheckFailed, InputError
 from liquidc.fidelity import LogitMetrics
 from liquidc.inputs import ModelInput
 from liquidc.ir import Module
-from liquidc.ir.interpreter import Interpreter
+from liquidc.ir.interpreter import Interpreter, first_call
 from liquidc.ir.rewriter import Statistics
 from liquidc.ir.weights import WeightSource
-from liquidc.observers import first_call
 from liquidc.passes.base import PassContext
+from liquidc.passes.calibrate import Calibration
 from liquidc.passplan import PassPlan, plan_passes, run_passes
 from liquidc.plan import CompileOptions
 from liquidc.profile import Profile
@@ -40,6 +41,8 @@ WINDOW = 256
 """Tokens that are run at a time, from an empty cache."""
 MOST = 64
 """Windows that are run; they are spread evenly over the text."""
+DATA_FREE = {"quantize", "quantize-cache"}
+"""Lossy passes that need no text: without any, what they cost is not measured."""
 Report = Callable[[str, int, int], None]
 
 
@@ -234,6 +237,7 @@ class Lossy:
         context: PassContext,
     ) -> None:
         self._options, self._model, self._context = options, model, context
+        self._weights = context.source or model.weights
         self._passes = tuple(passes)
         self.told: dict[str, Any] = {}
         self._budget = options.max_kl
@@ -244,8 +248,10 @@ class Lossy:
     @property
     def needed(self) -> bool:
         """Whether there is anything to measure."""
-        lossy = any(plan.instance.contract == "lossy" for plan in self._passes)
-        return lossy or (self._fixes_depth and self._has_text)
+        lossy = [plan.name for plan in self._passes if plan.instance.contract == "lossy"]
+        if set(lossy) <= DATA_FREE and self._budget is None:
+            return bool(lossy or self._fixes_depth) and self._has_text
+        return bool(lossy)
 
     @property
     def _fixes_depth(self) -> bool:
@@ -268,7 +274,7 @@ class Lossy:
         before = self._exact(traced)
         text = self._text(traced).half(0)
         digits, trials = choose_gates(
-            before, self._model.weights, text, profile, self._budget or 0.0, _quiet
+            before, self._weights, text, profile, self._budget or 0.0, _quiet
         )
         self.told = {"trials": trials, "max_kl": self._budget, "chosen_on": text.sha256}
         chosen = plan_passes([f"fix-gates{{gates={digits}}}"], ())[0]
@@ -285,8 +291,8 @@ class Lossy:
         text = self._text(traced).half(1)
         paths = [name.removeprefix("path_") for name in after.functions if name.startswith("path_")]
         if paths:
-            return {"paths": measure_paths(self._exact(traced), self._model.weights, text, paths)}
-        found = measure(self._exact(traced), after, self._model.weights, text, _quiet)
+            return {"paths": measure_paths(self._exact(traced), self._weights, text, paths)}
+        found = measure(self._exact(traced), after, self._weights, text, _quiet)
         budget, cost = self._budget, found["kl_nats"]
         if budget is not None and not cost <= budget:
             raise CheckFailed(
@@ -302,8 +308,27 @@ class Lossy:
             InputError: there is no text to measure on.
         """
         text = self._text(traced).half(1)
-        errors = lossy.measure(before, after, self._model.weights, text.windows)
+        errors = lossy.measure(before, after, self._weights, text.windows)
         lossy.note(errors, said)
+
+    @property
+    def calibrates(self) -> bool:
+        """Whether a pass needs text to calibrate on."""
+        return any(plan.options.get("method") == "gptq" for plan in self._passes)
+
+    def calibration(self, traced: Module, source: CalibratedSource) -> Calibration:
+        """What passes calibrate with.
+
+        Raises:
+            InputError: there is no text, or it is the one that the compile is measured on.
+        """
+        path = self._options.calibration
+        if path is None:
+            raise InputError("gptq calibrates on text: give it with --calibration FILE")
+        text = self._windows(traced, path, None)
+        if self._has_text and self._text(traced).sha256 == text.sha256:
+            raise InputError(f"{path}: the compile is measured on it; calibrate on other text")
+        return Calibration(text.windows, text.sha256, source, source, _quiet)
 
     def _exact(self, traced: Module) -> Module:
         """The model after all passes that change nothing, each function one of the model's."""
@@ -314,17 +339,21 @@ class Lossy:
         if self._read is None:
             origin = self._model.origin
             path = self._options.data or (None if origin is None else origin / "heldout.txt")
-            if path is None or origin is None:
+            if path is None:
                 raise InputError("a lossy compile is measured on text: give it with --data FILE")
-            tokenizer = origin / "tokenizer.json"
-            context = traced.attributes.get("max_positions")
-            self._read = read_text(
-                path,
-                Tokenizer(tokenizer) if tokenizer.exists() else None,
-                context if isinstance(context, int) else None,
-                self._context.profile,
-            )
+            self._read = self._windows(traced, path, self._context.profile)
         return self._read
+
+    def _windows(self, traced: Module, path: Path, profile: Profile | None) -> HeldOutText:
+        origin = self._model.origin
+        tokenizer = None if origin is None else origin / "tokenizer.json"
+        context = traced.attributes.get("max_positions")
+        return read_text(
+            path,
+            Tokenizer(tokenizer) if tokenizer is not None and tokenizer.exists() else None,
+            context if isinstance(context, int) else None,
+            profile,
+        )
 
 
 def _quiet(what: str, done: int, total: int) -> None:

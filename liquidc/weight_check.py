@@ -84,7 +84,7 @@ def _far(
     source: WeightSource,
 ) -> float:
     """‖w' − w‖ / ‖w‖ of codes with the scales and zeros that are stored for them."""
-    options = {n: getattr(codes, n) for n in ("x", "format", "block", "symmetric")}
+    options = {n: getattr(codes, n) for n in ("x", "format", "block", "symmetric", "method")}
     scales = parts.get(str(_same_rows(weight.expr, Scales(**options))))
     zeros = parts.get(str(_same_rows(weight.expr, Zeros(**options))))
     if scales is None or (zeros is None and not codes.symmetric):

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from liquidc.errors import InputError, InternalError
 from liquidc.ir import Module, ops
@@ -12,6 +12,9 @@ from liquidc.ir.rewriter import Statistics
 from liquidc.ir.weights import WeightSource
 from liquidc.machine import MachineTable
 from liquidc.profile import Profile
+
+if TYPE_CHECKING:
+    from liquidc.passes.calibrate import Calibration
 
 
 def _no_expert_regions(module: Module) -> bool:
@@ -31,11 +34,15 @@ class PassContext:
         source: where the weights' tensors are.
         machine: what was measured of the machine that will run the engine; None for the table
             that comes with liquidc.
+        calibration: text to calibrate on.
+        recipe: schemes by the name of the weight, for `quantize{scheme=mixed}`.
     """
 
     profile: Profile | None = None
     source: WeightSource | None = None
     machine: MachineTable | None = None
+    calibration: Calibration | None = None
+    recipe: Mapping[str, str] | None = None
 
     def need_profile(self, name: str) -> Profile:
         """The profile.

@@ -2,24 +2,30 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from liquidc.errors import InputError
 from liquidc.ir import Block, Module, Op, Value, ops
-from liquidc.ir.quantised import BITS, Codes, Scales, Zeros
+from liquidc.ir.quantised import BITS, METHODS, Codes, Grid, Scales, Zeros
 from liquidc.ir.rewriter import Rewriter, Statistics
-from liquidc.ir.types import DType
+from liquidc.ir.types import DType, TensorType
 from liquidc.ir.weights import WeightExpr
 from liquidc.passes.base import Pass, PassContext
 from liquidc.passes.fold_constants import declare
 from liquidc.passes.routers import router_linears
 
+if TYPE_CHECKING:
+    from liquidc.passes.calibrate import Reached
+
 FORMATS = {"int8": "int8", "int4": "int4", "fp8": "e4m3"}
 """Formats of codes by scheme."""
-BLOCKS = {"int8": 128, "int4": 32, "fp8": 128}
+BLOCKS = {"int8": 32, "int4": 32, "fp8": 128}
 """Elements of a block by scheme, unless `block` says another."""
+MIXED = "mixed"
+"""The scheme that takes each weight's own from a recipe."""
 LEAST = 16
 """The smallest block: ONNX Runtime's MatMulNBits takes no smaller one."""
 
@@ -40,36 +46,69 @@ class Quantize(Pass):
         %w = dequantize %c, %s, format="int4" : f32[64, 128]
         %y = linear %x, %w
 
-    Schemes are `int8`, `int4` and `fp8` (float8 e4m3). Weights inside branches and of experts are
-    quantised like all others. Routers of depth gates and experts, norms and embeddings stay as
-    they are, so decisions move only with the states that they look at; the head, whose errors
-    nothing averages out, has `head` bits. A `block` that does not divide a row is halved until it
-    does. What stays in float is told, with the reason.
+    Schemes are `int8`, `int4` and `fp8` (float8 e4m3); with `mixed` a recipe says each weight's.
+    Weights inside branches and of experts are quantised like all others. Routers of depth gates
+    and experts, norms and embeddings stay as they are, so decisions move only with the states that
+    they look at; the head, whose errors nothing averages out, has `head` bits. A `block` that does
+    not divide a row is halved until it does. `method=gptq` rounds with regard to what products
+    read on calibration text. What stays in float is told, with the reason.
     """
 
     scheme: str = "int8"
     block: int = 0
     symmetric: bool = True
     head: str = "int8"
+    method: str = "nearest"
 
     name: ClassVar[str] = "quantize"
     contract: ClassVar[Literal["bitwise", "reassociates", "lossy"]] = "lossy"
 
     def __post_init__(self) -> None:
-        if self.scheme not in FORMATS:
-            raise InputError(f"scheme is {', '.join(FORMATS)}, not {self.scheme!r}")
+        if self.scheme not in (*FORMATS, MIXED):
+            raise InputError(f"scheme is {', '.join(FORMATS)} or mixed, not {self.scheme!r}")
         if self.head not in (*FORMATS, "float", "same"):
             raise InputError(f"head is {', '.join(FORMATS)}, same or float, not {self.head!r}")
         if self.block and (self.block < LEAST or self.block & (self.block - 1)):
             raise InputError(f"block is a power of two from {LEAST} on, not {self.block}")
         if not self.symmetric and self.scheme == "fp8":
             raise InputError("fp8 is symmetric: it has no zero points")
+        if self.method not in METHODS:
+            raise InputError(f"method is {', '.join(METHODS)}, not {self.method!r}")
 
     def apply(self, module: Module, statistics: Statistics, context: PassContext) -> None:
-        """Quantise in every function."""
-        del context
-        routed, heads = router_linears(module), _heads(module)
+        """Quantise in every function.
+
+        Raises:
+            InputError: a method needs text to calibrate on, or a recipe is missing.
+        """
         told = _Told()
+        places = self._places(module, context, told)
+        grids = {place.weight: place.grid for place in places}
+        reached: dict[str, Reached] = {}
+        if self.method == "gptq":
+            if context.calibration is None:
+                raise InputError("gptq calibrates on text: give it with --calibration FILE")
+            from liquidc.passes.calibrate import calibrate
+
+            reached = calibrate(module, grids, context.calibration)
+            told.calibration = {
+                "data": context.calibration.data,
+                "tokens": sum(map(len, context.calibration.windows)),
+            }
+        for place in places:
+            method = self.method if place.weight in reached else "nearest"
+            types = _quantise(module, place, method)
+            told.add(place, types, reached.get(place.weight), asked=self.method)
+            statistics.fired[self.name] += 1
+        statistics.facts[self.name] = told.facts()
+
+    def _places(self, module: Module, context: PassContext, told: _Told) -> list[_Place]:
+        """Where a weight is to be read as codes."""
+        if self.scheme == MIXED and context.recipe is None:
+            raise InputError("a mixed scheme needs a recipe: give --target-size or --max-kl")
+        routed, heads = router_linears(module), _heads(module)
+        found: list[_Place] = []
+        chosen: dict[str, str] = {}
         for function in module.functions.values():
             for block in _blocks(function.body):
                 for op in list(block.ops):
@@ -77,44 +116,61 @@ class Quantize(Pass):
                         if isinstance(value.op, ops.Dequantize):
                             continue
                         reason = "a router: it decides" if op in routed else _refusal(op, value)
-                        scheme = self._scheme(op in heads)
-                        if reason or scheme == "float":
-                            told.keep(value, reason or "the head, as asked for")
+                        if reason or not isinstance(value.op, ops.Weight):
+                            told.keep(value, reason)
                             continue
-                        self._quantise(module, block, op, value, scheme, told)
-                        statistics.fired[self.name] += 1
-        statistics.facts[self.name] = told.facts()
+                        name = value.op.weight
+                        scheme = self._scheme(op in heads)
+                        if context.recipe is not None and self.scheme == MIXED:
+                            scheme = context.recipe.get(name, "float")
+                        scheme = chosen.setdefault(name, scheme)
+                        if scheme == "float":
+                            told.keep(value, "as asked for")
+                        else:
+                            grid = self._grid(scheme, int(value.shape[-1]))
+                            found.append(_Place(block, op, value, name, scheme, grid))
+        return found
 
     def _scheme(self, head: bool) -> str:
-        if not head or self.head == "same":
+        if not head or self.head == "same" or self.scheme == MIXED:
             return self.scheme
         wider = self.head == "float" or BITS[FORMATS[self.head]] > BITS[FORMATS[self.scheme]]
         return self.head if wider else self.scheme
 
-    def _quantise(
-        self, module: Module, block: Block, op: Op, value: Value, scheme: str, told: _Told
-    ) -> None:
-        """Let `op` read a dequantised weight."""
-        rw = Rewriter(block, [])
-        weight = rw.need(value.op, ops.Weight, "no weight")
-        expr, columns = module.weights[weight.weight], int(value.shape[-1])
+    def _grid(self, scheme: str, columns: int) -> Grid:
         size = self.block or BLOCKS[scheme]
         while columns % size:
             size //= 2
-        format, symmetric = FORMATS[scheme], self.symmetric or scheme == "fp8"
-        given = (expr, format, size, symmetric)
-        parts: dict[str, WeightExpr] = {"codes": Codes(*given), "scales": Scales(*given)}
-        if not symmetric:
-            parts["zeros"] = Zeros(*given)
-        values = [
-            declare(module, rw, f"{weight.weight}.{name}", part) for name, part in parts.items()
-        ]
-        new = rw.emit(ops.Dequantize(*values, format=format, loc=op.loc)).y
-        new.name = value.name
-        for emitted in rw.emitted:
-            block.insert_before(op, emitted)
-        op.set_operands([new if v is value else v for v in op.operands])
-        told.add(weight.weight, scheme, size, symmetric, [value.type, *(v.type for v in values)])
+        return Grid(FORMATS[scheme], size, self.symmetric or scheme == "fp8")
+
+
+@dataclass(frozen=True, slots=True)
+class _Place:
+    """An op that reads a weight, and how the weight is to be quantised."""
+
+    block: Block
+    op: Op
+    value: Value
+    weight: str
+    scheme: str
+    grid: Grid
+
+
+def _quantise(module: Module, place: _Place, method: str) -> list[TensorType]:
+    """Let an op read a dequantised weight; gives the types of its parts."""
+    rw = Rewriter(place.block, [])
+    grid = place.grid
+    given = (module.weights[place.weight], grid.format, grid.block, grid.symmetric, method)
+    parts: dict[str, WeightExpr] = {"codes": Codes(*given), "scales": Scales(*given)}
+    if not grid.symmetric:
+        parts["zeros"] = Zeros(*given)
+    values = [declare(module, rw, f"{place.weight}.{name}", part) for name, part in parts.items()]
+    new = rw.emit(ops.Dequantize(*values, format=grid.format, loc=place.op.loc)).y
+    new.name = place.value.name
+    for emitted in rw.emitted:
+        place.block.insert_before(place.op, emitted)
+    place.op.set_operands([new if v is place.value else v for v in place.op.operands])
+    return [value.type for value in values]
 
 
 class _Told:
@@ -123,27 +179,36 @@ class _Told:
     def __init__(self) -> None:
         self.weights: dict[str, dict[str, Any]] = {}
         self.kept: dict[str, str] = {}
+        self.calibration: dict[str, Any] = {}
 
     def add(
-        self, name: str, scheme: str, block: int, symmetric: bool, types: Sequence[Any]
+        self, place: _Place, types: Sequence[TensorType], reached: Reached | None, *, asked: str
     ) -> None:
-        from math import prod
-
-        whole, *parts = (prod(type.shape) * type.dtype.bytes for type in types)
-        self.weights[name] = {
-            "scheme": scheme,
-            "block": block,
-            "symmetric": symmetric,
-            "bytes": sum(parts),
+        sizes = [math.prod(map(int, type.shape)) * type.dtype.bytes for type in types]
+        whole = math.prod(map(int, place.value.shape)) * place.value.dtype.bytes
+        entry: dict[str, Any] = {
+            "scheme": place.scheme,
+            "block": place.grid.block,
+            "symmetric": place.grid.symmetric,
+            "bytes": sum(sizes),
             "bytes_float": whole,
         }
+        if asked != "nearest":
+            entry["method"] = "nearest" if reached is None else asked
+            entry["tokens"] = [] if reached is None else list(reached.tokens)
+            if reached is None:
+                entry["nearest"], entry["reason"] = [0], "no text reaches it"
+            elif reached.nearest:
+                entry["nearest"], entry["reason"] = list(reached.nearest), reached.reason
+        self.weights[place.weight] = entry
 
     def keep(self, value: Value, reason: str) -> None:
         name = value.op.weight if isinstance(value.op, ops.Weight) else f"%{value.name}"
         self.kept.setdefault(name, reason)
 
     def facts(self) -> dict[str, Any]:
-        return {"weights": self.weights, "kept": self.kept}
+        told: dict[str, Any] = {"weights": self.weights, "kept": self.kept}
+        return {**told, "calibration": self.calibration} if self.calibration else told
 
 
 def _blocks(block: Block) -> list[Block]:

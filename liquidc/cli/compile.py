@@ -42,6 +42,12 @@ Examples:
 @click.option("--profile", type=click.Path(path_type=Path), help="Of this model, for the passes.")
 @click.option("--quantize", default="", metavar="SCHEME", help="int8, int4 or fp8; int4{block=64}.")
 @click.option(
+    "--calibration",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="Text to calibrate on, for --quantize int4{method=gptq}; not the held-out one.",
+)
+@click.option(
     "--portable-weights",
     is_flag=True,
     help="Dequantise by the standard operator, for runtimes without ONNX Runtime's MatMulNBits; "
@@ -78,6 +84,7 @@ def command(
     quantize: str,
     portable_weights: bool,
     fused_experts: bool,
+    calibration: Path | None,
     machine: Path | None,
     verify_each: bool,
     dump_dir: Path | None,
@@ -108,6 +115,7 @@ def command(
         quantize=quantize,
         portable_weights=portable_weights,
         fused_experts=fused_experts,
+        calibration=calibration,
         machine=machine,
         specialize=specialize or "",
         max_kl=max_kl,

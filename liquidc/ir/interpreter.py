@@ -193,6 +193,21 @@ class Frame:
         return self.sizes(type.shape) == tuple(tensor.shape)
 
 
+def first_call(args: Sequence[Value], *rows: Sequence[int]) -> dict[str, torch.Tensor]:
+    """Arguments for sequences of one length on an empty cache, everything else zero."""
+    length = len(rows[0])
+    named = {"B": len(rows), "T": length, "S": length, "P": 1}
+    inputs: dict[str, torch.Tensor] = {}
+    for arg in args:
+        shape = [dim if isinstance(dim, int) else named[dim] for dim in arg.shape]
+        inputs[arg.name] = torch.zeros(shape, dtype=torch_dtype(arg.dtype))
+    inputs["input_ids"] = torch.tensor([list(ids) for ids in rows])
+    inputs["lengths"] = torch.full([len(rows)], length)
+    if "logit_index" in inputs:
+        inputs["logit_index"] = torch.full([len(rows), 1], length - 1)
+    return inputs
+
+
 def _reduce(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
     return lambda op, frame, x: function(x, dim=op.dims, keepdim=op.keep) if op.dims else x
 

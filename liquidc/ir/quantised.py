@@ -8,10 +8,14 @@ A weight [..., N, K] is cut into blocks of `block` elements along K. In each blo
 Symmetric blocks have the zero 8 or 128 and no tensor of zero points. Elements are rounded to the
 nearest code, halves to the even one. Codes of four bits lie two in a byte, the first one low, as
 ONNX (MatMulNBits, UINT4) and llama.cpp's Q4_0 have them.
+
+Codes that were made with calibration data (`gptq`) are no function of the weight alone: they are
+read from the source, which must hold them under the name that `Quantised.stored` gives.
 """
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -26,6 +30,10 @@ BITS = {"int4": 4, "int8": 8, "e4m3": 8}
 """Bits of a code by format."""
 ZERO = {"int4": 8, "int8": 128, "e4m3": 0}
 """The zero point of a symmetric block."""
+CALIBRATED = "calibrated/"
+"""How names of tensors begin that calibration made."""
+METHODS = ("nearest", "gptq")
+"""How codes are found: rounded, or with regard to inputs (`liquidc.passes.gptq`)."""
 LARGEST = 448.0
 """The largest float8 e4m3 (Micikevicius et al. 2022, table 1)."""
 
@@ -42,6 +50,19 @@ class Blocks(NamedTuple):
     codes: torch.Tensor
     scales: torch.Tensor
     zeros: torch.Tensor | None
+
+
+@dataclass(frozen=True, slots=True)
+class Grid:
+    """How a weight is quantised: format, elements of a block, zero points or not."""
+
+    format: str
+    block: int
+    symmetric: bool
+
+    def nearest(self, weight: torch.Tensor) -> Blocks:
+        """The weight rounded to the nearest codes."""
+        return round_to_nearest(weight, self.format, self.block, symmetric=self.symmetric)
 
 
 def round_to_nearest(x: torch.Tensor, format: str, block: int, *, symmetric: bool) -> Blocks:
@@ -126,10 +147,13 @@ class Quantised(WeightExpr):
     format: str
     block: int
     symmetric: bool
+    method: str = "nearest"
 
     def __post_init__(self) -> None:
         if self.format not in BITS:
             raise ValueError(f"format is {', '.join(BITS)}, not {self.format!r}")
+        if self.method not in METHODS:
+            raise ValueError(f"method is {', '.join(METHODS)}, not {self.method!r}")
         if self.block < 1 or (self.format == "int4" and self.block % 2):
             raise ValueError(f"a block of {self.block} elements")
         if not self.symmetric and self.format == "e4m3":
@@ -156,9 +180,28 @@ class Quantised(WeightExpr):
         except InputError as error:
             raise InputError(f"{', '.join(self.sources())}: {error}") from None
 
+    @property
+    def stored(self) -> str:
+        """The name under which a source holds what calibration made."""
+        kind = type(self).__name__.lower()
+        what = f"{self.x} {self.format} {self.block} {self.symmetric} {self.method}"
+        return f"{CALIBRATED}{hashlib.sha256(what.encode()).hexdigest()[:32]}.{kind}"
+
+    def read(self, source: WeightSource, box: Box) -> torch.Tensor:
+        """See `WeightExpr`."""
+        if self.method == "nearest":
+            return self._rounded(source, box)
+        rows = source.read_rows(self.stored, *box[0])
+        return rows[(slice(None), *(slice(*bounds) for bounds in box[1:]))]
+
+    def _rounded(self, source: WeightSource, box: Box) -> torch.Tensor:
+        """What is in `box`, rounded to the nearest."""
+        raise NotImplementedError
+
     def _text(self, name: str) -> str:
         symmetric = "true" if self.symmetric else "false"
-        return f'{name}({self.x}, "{self.format}", {self.block}, {symmetric})'
+        method = "" if self.method == "nearest" else f', "{self.method}"'
+        return f'{name}({self.x}, "{self.format}", {self.block}, {symmetric}{method})'
 
 
 @dataclass(frozen=True, slots=True)
@@ -174,8 +217,7 @@ class Codes(Quantised):
     def __str__(self) -> str:
         return self._text("codes")
 
-    def read(self, source: WeightSource, box: Box) -> torch.Tensor:
-        """See `WeightExpr`."""
+    def _rounded(self, source: WeightSource, box: Box) -> torch.Tensor:
         codes = self._quantised(source, box[:-2], box[-2]).codes
         codes = pack(codes) if BITS[self.format] == 4 else codes
         return codes[..., slice(*box[-1])]
@@ -193,8 +235,7 @@ class Scales(Quantised):
     def __str__(self) -> str:
         return self._text("scales")
 
-    def read(self, source: WeightSource, box: Box) -> torch.Tensor:
-        """See `WeightExpr`."""
+    def _rounded(self, source: WeightSource, box: Box) -> torch.Tensor:
         return self._quantised(source, box[:-1], box[-1]).scales
 
 
@@ -211,8 +252,7 @@ class Zeros(Quantised):
     def __str__(self) -> str:
         return self._text("zeros")
 
-    def read(self, source: WeightSource, box: Box) -> torch.Tensor:
-        """See `WeightExpr`."""
+    def _rounded(self, source: WeightSource, box: Box) -> torch.Tensor:
         import torch
 
         per = 8 // BITS[self.format]

@@ -12,9 +12,9 @@ import torch
 from liquidc import facts
 from liquidc.fidelity import GateMetrics
 from liquidc.ir import Module
-from liquidc.ir.interpreter import Interpreter
+from liquidc.ir.interpreter import Interpreter, first_call
 from liquidc.ir.rewriter import Statistics
-from liquidc.observers import ModelObserver, first_call
+from liquidc.observers import ModelObserver
 from liquidc.passes.base import Pass, PassContext
 from liquidc.passes.fix_depth import FixDepth
 from liquidc.passes.registry import DEFAULT_PIPELINE, PASSES, PROFILED
