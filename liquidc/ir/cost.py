@@ -141,15 +141,16 @@ class _Counter:
 
     def _weight(self, op: ops.Weight) -> None:
         """Count what is read of a weight: by the reader that needs most of it."""
-        users = [user for user in op.y.uses if user in self._where]
-        arms = {self._where[user][:2] for user in users}
+        users = [(user, value) for user, value in _readers(op.y) if user in self._where]
+        arms = {self._where[user][:2] for user, _ in users}
         gate, ran = arms.pop() if len(arms) == 1 else (None, True)
-        read = max((self._read(user, op.y) for user in users), default=0)
+        total = prod(sizes(op.y.shape)) * op.y.dtype.bytes
+        read = max((self._read(user, value, total) for user, value in users), default=0)
         self._add(_Where(gate, ran), self._layer_of_weight(op), Cost(weights=read))
 
-    def _read(self, user: Op, weight: Value) -> int:
-        """Bytes of `weight` that one token reads in `user`: one row, its k experts, or all."""
-        total, rows = prod(sizes(weight.shape)) * weight.dtype.bytes, sizes(weight.shape[:1])
+    def _read(self, user: Op, weight: Value, total: int) -> int:
+        """Bytes, of `total`, that one token reads in `user`: one row, its k experts, or all."""
+        rows = sizes(weight.shape[:1])
         if isinstance(user, ops.Embed):
             return total // rows[0]
         if isinstance(user, ops.MapExperts | ops.GroupedExperts):
@@ -167,8 +168,9 @@ class _Counter:
         """The layer of a product, by the weights or the cache that it reads."""
         if isinstance(op, ops.Attend | ops.AttendRows):
             return self._known([_cache_name(op.key)])
-        read = [value.op for value in op.operands if isinstance(value.op, ops.Weight)]
-        layers = {self._layer_of_weight(weight) for weight in read}
+        made = [value.op for value in op.operands]
+        made = [op.codes.op if isinstance(op, ops.Dequantize) else op for op in made]
+        layers = {self._layer_of_weight(op) for op in made if isinstance(op, ops.Weight)}
         return layers.pop() if len(layers) == 1 else None
 
     def _layer_of_weight(self, op: ops.Weight) -> int | None:
@@ -179,6 +181,14 @@ class _Counter:
         numbers = {next(filter(str.isdigit, name.split(".")), "") for name in names}
         number = numbers.pop() if len(numbers) == 1 else ""
         return int(number) if number and int(number) < self._layers else None
+
+
+def _readers(value: Value) -> list[tuple[Op, Value]]:
+    """The ops that read a weight, and what they read: it, or the floats that its codes stand for."""
+    found: list[tuple[Op, Value]] = []
+    for user in value.uses:
+        found += _readers(user.y) if isinstance(user, ops.Dequantize) else [(user, value)]
+    return found
 
 
 def product(op: Op) -> Cost | None:

@@ -117,3 +117,23 @@ def test_products_of_any_function() -> None:
         Place(1): Cost(weights=4 * 24, flops=2 * 24),
         Place(): Cost(key_flops=2 * 4),
     }
+
+
+def test_codes_are_counted_as_what_is_read_of_them(model_directory: Path) -> None:
+    """Half a byte and a scale of 4 bytes for 16 elements; only the experts that a token uses."""
+    traced = open_model(model_directory).trace()
+    quantize = "quantize{scheme=int4,block=16,head=float}"
+    before, after = (
+        run_passes(traced, plan_passes([*DEFAULT_PIPELINE, *names], ()), Statistics())
+        for names in ([], [quantize, "eliminate-dead"])
+    )
+    floats, codes = (costs(module, main_function(module)) for module in (before, after))
+    assert counted(after) == counted(before)
+    products = 32 * (32 + 16 + 16 + 32) + 2 * 3 * 16 * 32
+    for place in (Place(0), Place(3)):
+        assert floats[place].weights - codes[place].weights == products * (4 - 0.5 - 4 / 16)
+    for layer, gate in ((1, 0), (2, 1)):
+        places = (Place(layer), Place(layer, gate))
+        old, new = (sum(found[p].weights for p in places) for found in (floats, codes))
+        assert old - new == products * (4 - 0.5 - 4 / 16)
+    assert floats[Place()] == codes[Place()]
