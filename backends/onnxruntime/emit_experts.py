@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import numpy as np
 
+from liquidc.backends.onnxruntime.emit_qmoe import qmoe
 from liquidc.backends.onnxruntime.emit_quantised import product
 from liquidc.backends.onnxruntime.emit_tensor import Emit
 from liquidc.backends.onnxruntime.graph import ELEMENT, Graph
@@ -74,7 +75,9 @@ def _by_expert(
 
 
 def grouped_experts(g: Graph, op: ops.GroupedExperts) -> list[str]:
-    """SwiGLU experts: two products each."""
+    """SwiGLU experts: two products each, or one operator for all."""
+    if g.shared.choices.fused_experts:
+        return qmoe(g, op)
 
     def swiglu(arm: Graph, tokens: str, expert: int) -> str:
         both = product(arm, tokens, op.gate_up, expert=expert)

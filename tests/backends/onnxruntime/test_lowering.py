@@ -11,6 +11,7 @@ import onnxruntime as ort
 import pytest
 import torch
 
+from liquidc.backends.base import Choices
 from liquidc.backends.onnxruntime.emit import EMIT, lower, place
 from liquidc.backends.weights_file import NAME, write_weights
 from liquidc.errors import UnsupportedError
@@ -31,9 +32,11 @@ FLOAT32 = ROUNDING[torch.float32] / ROUNDING[torch.float64]
 """What turns a bound for reassociated float64 into one for float32."""
 
 
-def session(module: Module, source: WeightSource, directory: Path) -> ort.InferenceSession:
+def session(
+    module: Module, source: WeightSource, directory: Path, choices: Choices | None = None
+) -> ort.InferenceSession:
     """@prefill as ONNX Runtime has it."""
-    lowered = lower(module)
+    lowered = lower(module, choices=choices)
     offsets = write_weights(directory / NAME, lowered.weights, source, lambda count: None)
     path = directory / "model.onnx"
     path.write_bytes(place(lowered, NAME, offsets).SerializeToString())
