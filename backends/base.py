@@ -124,12 +124,14 @@ class Trace:
             skipped counts all tokens.
         experts: by layer and expert, the tokens that the expert computed; a layer is absent if the
             profiler can't tell its experts apart.
+        fused: layers whose experts ran as one operator, which hides what each of them computed.
         guard: code for an expected depth path that was run, and that was in vain; its work is
             counted above when it was right, and nowhere when it was not.
     """
 
     gates: dict[int, int] = field(default_factory=dict[int, int])
     experts: dict[int, dict[int, int]] = field(default_factory=dict[int, dict[int, int]])
+    fused: frozenset[int] = frozenset()
     guard: Guard = field(default_factory=Guard)
 
 

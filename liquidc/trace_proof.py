@@ -28,23 +28,26 @@ class Proof:
 
     A gate that was fixed at compile time decides nothing, and nothing stands behind it: it counts
     as 0 on both sides. `free` gates are left. Behind a gate that is a branch or a mask, tokens are
-    computed that do not run: `computed` says how many tokens the lowering has to compute.
+    computed that do not run: `computed` says how many tokens the lowering has to compute. What the
+    experts of a layer compute is not shown where they are one operator, in `experts_fused`.
     """
 
     gates: tuple[int, ...]
     gates_traced: tuple[int, ...]
     experts: dict[int, dict[int, int]]
     experts_traced: dict[int, dict[int, int]]
+    experts_fused: frozenset[int]
     tokens: int
     free: int
     computed: tuple[int, ...]
 
     @property
     def holds(self) -> bool:
-        """True if no gate and no expert that the profiler can see did more or less than decided."""
+        """True if no gate did more or less than decided, and no expert that is not fused."""
         return self.computed == self.gates_traced and all(
-            _nonzero(self.experts[layer]) == _nonzero(traced)
-            for layer, traced in self.experts_traced.items()
+            _nonzero(decided) == _nonzero(self.experts_traced.get(layer, {}))
+            for layer, decided in self.experts.items()
+            if layer not in self.experts_fused
         )
 
     @property
@@ -66,6 +69,11 @@ class Proof:
             "experts_run_by_routes": sum(sum(self.experts[n].values()) for n in layers),
             "experts_run_by_trace": sum(sum(self.experts_traced[n].values()) for n in layers),
             "experts_traced_layers": layers,
+            "experts_not_shown_layers": [
+                layer
+                for layer, decided in sorted(self.experts.items())
+                if _nonzero(decided) and layer not in self.experts_traced
+            ],
         }
 
 
@@ -124,6 +132,7 @@ def prove(
         tuple(trace.gates.get(gate, computed[gate] * unseen[gate]) for gate in range(len(gates))),
         {layer: dict(counter) for layer, counter in experts.items()},
         trace.experts,
+        trace.fused,
         tokens,
         fixed.count(False),
         tuple(computed),

@@ -166,6 +166,7 @@ class OrtRunner(Runner):
 
 
 _GATED = re.compile(r"(fused )?(?P<label>layer\d+(/attn|/ffn)?)/run/Gemm_kernel_time")
+_FUSED = re.compile(r"(.+/)?moe(?P<layer>\d+)/QMoE_kernel_time")
 _EXPERT = re.compile(r"(fused )?(.+/)?moe(?P<layer>\d+)/expert(?P<expert>\d+)/Gemm_kernel_time")
 
 
@@ -185,6 +186,7 @@ def read_trace(
     """
     rows: Counter[int] = Counter()
     experts: dict[int, Counter[int]] = {}
+    fused: set[int] = set()
     guard, pending = Guard(), dict[tuple[int, int], int]()
     trying = False
     for event in events:
@@ -204,13 +206,16 @@ def read_trace(
                 guard.missed += 1
         if (gated := _GATED.fullmatch(name)) and gated["label"] in gates:
             rows[gates[gated["label"]]] += _first_size(event)
+        elif found := _FUSED.fullmatch(name):
+            fused.add(int(found["layer"]))
         elif found := _EXPERT.fullmatch(name):
             layer, expert = int(found["layer"]), int(found["expert"])
             if trying:
                 pending[layer, expert] = pending.get((layer, expert), 0) + _first_size(event)
             else:
                 experts.setdefault(layer, Counter())[expert] += _first_size(event)
-    return Trace(dict(rows), {layer: dict(counter) for layer, counter in experts.items()}, guard)
+    counts = {layer: dict(counter) for layer, counter in experts.items()}
+    return Trace(dict(rows), counts, frozenset(fused), guard)
 
 
 def _first_size(event: dict[str, Any]) -> int:

@@ -148,6 +148,9 @@ def _show(result: dict[str, Any]) -> None:
             row("expert rows, by routes", f"{result['experts_run_by_routes']:,}"),
             row("expert rows, by trace", f"{result['experts_run_by_trace']:,}", "equal"),
         ]
+    if hidden := result["experts_not_shown_layers"]:
+        layers = ", ".join(map(str, hidden))
+        rows.append(row("expert rows, by trace", "not shown", f"layers {layers}"))
     for format, error in result["weights_error"].items():
         bound = (
             "equal" if not error and format not in FARTHEST else f"≤ {FARTHEST.get(format, 0):g}"
