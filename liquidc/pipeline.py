@@ -53,6 +53,10 @@ class Progress(Protocol):
         """So many bytes more were written."""
         ...
 
+    def part(self, what: str, done: int, total: int) -> None:
+        """Of `total` parts of a stage that writes nothing, so many are done."""
+        ...
+
     def done(self, name: str, seconds: float) -> None:
         """The stage is over."""
         ...
@@ -65,6 +69,9 @@ class Silent:
         """Nothing."""
 
     def advance(self, amount: int) -> None:
+        """Nothing."""
+
+    def part(self, what: str, done: int, total: int) -> None:
         """Nothing."""
 
     def done(self, name: str, seconds: float) -> None:
@@ -180,12 +187,17 @@ class _Run:
                 traced = self._read(start[1])
             else:
                 traced = self._timed("trace", self._trace)
-            lossy = Lossy(self.options, self.model, self.plan.passes, context)
+            lossy = Lossy(self.options, self.model, self.plan.passes, context, self.progress.part)
             if lossy.calibrates:
                 context = replace(context, calibration=lossy.calibration(traced, self.source))
             if self.options.specialize == "budget":
                 self.passes = self._timed("specialize", lambda: lossy.choose(traced))
+            recipe = self._timed("recipe", lambda: lossy.recipe(traced)) if lossy.mixes else None
+            if recipe is not None:
+                context = replace(context, recipe=recipe.schemes)
             module = self._timed("passes", lambda: self._passes(traced, context))
+            if recipe is not None:
+                self.statistics.facts["quantize"]["recipe"] = recipe.told
             for name, before, after in self.of_experts:
                 said = self.statistics.facts[name]
                 self._timed(

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from liquidc.backends.base import Backend, Choices
 from liquidc.backends.registry import get_backend
 from liquidc.errors import InputError, TargetUnavailable
+from liquidc.passes.quantize import MIXED
 from liquidc.passes.registry import PROFILED
 from liquidc.passplan import PassPlan, default_passes, plan_passes, profiled_passes
 
@@ -34,6 +36,8 @@ class CompileOptions:
         calibration: text to calibrate on, as `quantize{method=gptq}` does.
         portable_weights: dequantise codes by an operator of the ONNX standard.
         fused_experts: make the experts of a layer one operator, which hides which of them ran.
+        recipe: file that names a scheme for each weight, for `quantize="mixed"`.
+        target_size: bytes of weights to reach, for `quantize="mixed"`.
         max_kl: mean KL(original || compiled) in nats per token that a lossy compile may cost;
             None for 0.01 with `specialize="budget"`, else no limit.
         data: held-out text to measure a lossy compile on; default: heldout.txt of the model.
@@ -54,6 +58,8 @@ class CompileOptions:
     portable_weights: bool = False
     fused_experts: bool = False
     calibration: Path | None = None
+    recipe: Path | None = None
+    target_size: int | None = None
     max_kl: float | None = None
     data: Path | None = None
     verify_each: bool = False
@@ -95,6 +101,7 @@ def make_plan(options: CompileOptions) -> Plan:
             flag = f"--{name.replace('_', '-')}"
             raise InputError(f"the target {backend.name} has no {flag}: leave it out")
     passes = plan_passes(_pass_names(options, backend), options.without)
+    _check_mixed(options, passes)
     stages = ("trace", "passes", *(stage.name for stage in backend.stages))
     if options.start is not None:
         name = options.start[0]
@@ -109,6 +116,16 @@ def make_plan(options: CompileOptions) -> Plan:
     if reason is not None:
         raise TargetUnavailable(f"the target {backend.name} can't be built here: {reason}")
     return Plan(backend, passes, stages)
+
+
+def _check_mixed(options: CompileOptions, passes: Sequence[PassPlan]) -> None:
+    """A mixed scheme needs something to choose by, and nothing else takes a size or a recipe."""
+    mixed = any(plan.options.get("scheme") == MIXED for plan in passes)
+    asked = (options.recipe, options.target_size)
+    if not mixed and any(value is not None for value in asked):
+        raise InputError("--recipe and --target-size are for --quantize mixed")
+    if mixed and options.max_kl is None and all(value is None for value in asked):
+        raise InputError("--quantize mixed needs --target-size, --max-kl or --recipe")
 
 
 def _pass_names(options: CompileOptions, backend: Backend) -> tuple[str, ...]:

@@ -7,27 +7,25 @@ second.
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
-from numpy.typing import NDArray
 
-from liquidc import lossy
+from liquidc import lossy, mixed
 from liquidc.calibrated import CalibratedSource
-from liquidc.errors import CheckFailed, InputError
+from liquidc.errors import CheckFailed, InputError, InternalError
 from liquidc.fidelity import LogitMetrics
+from liquidc.heldout import HeldOutText, Report, Scorer, read_text
 from liquidc.inputs import ModelInput
 from liquidc.ir import Module
-from liquidc.ir.interpreter import Interpreter, first_call
 from liquidc.ir.rewriter import Statistics
 from liquidc.ir.weights import WeightSource
+from liquidc.mixed import Recipe, read_recipe
 from liquidc.passes.base import PassContext
 from liquidc.passes.calibrate import Calibration
+from liquidc.passes.quantize import MIXED, Quantize
 from liquidc.passplan import PassPlan, plan_passes, run_passes
 from liquidc.plan import CompileOptions
 from liquidc.profile import Profile
@@ -37,77 +35,8 @@ DEFAULT_MAX_KL = 0.01
 """Nats per token: on average the compiled model gives a token 0.99 of its probability."""
 OFTEN = 0.95
 """A gate is fixed to run only if it ran for this share of the tokens."""
-WINDOW = 256
-"""Tokens that are run at a time, from an empty cache."""
-MOST = 64
-"""Windows that are run; they are spread evenly over the text."""
 DATA_FREE = {"quantize", "quantize-cache"}
 """Lossy passes that need no text: without any, what they cost is not measured."""
-Report = Callable[[str, int, int], None]
-
-
-@dataclass(frozen=True, slots=True)
-class HeldOutText:
-    """Windows of text, and the bytes that the tokens after the first of each stand for."""
-
-    sha256: str
-    windows: tuple[tuple[int, ...], ...]
-    bytes: tuple[int, ...]
-
-    def half(self, number: int) -> HeldOutText:
-        """Every other window, from `number` on."""
-        return HeldOutText(self.sha256, self.windows[number::2], self.bytes[number::2])
-
-
-def read_text(
-    path: Path, tokenizer: Tokenizer | None, context: int | None, profile: Profile | None
-) -> HeldOutText:
-    """Held-out text in windows.
-
-    Raises:
-        InputError: it can't be read, is too short, or the profile was made with it.
-    """
-    if tokenizer is None:
-        raise InputError(f"{path}: the model has no tokenizer to read it with")
-    try:
-        data = path.read_bytes()
-        ids, starts = tokenizer.spans(data.decode())
-    except FileNotFoundError:
-        raise InputError(f"{path}: no held-out text; give one with --data FILE") from None
-    except UnicodeDecodeError:
-        raise InputError(f"{path}: not UTF-8 text") from None
-    sha256 = hashlib.sha256(data).hexdigest()
-    if profile is not None and sha256 in profile.data:
-        raise InputError(f"{path}: the profile was made with it; give text that is held out")
-    size = min(WINDOW, context or WINDOW)
-    places = [range(at, at + size) for at in range(0, len(ids) - size + 1, size)]
-    if len(places) < 2:
-        raise InputError(f"{path}: {len(ids)} tokens; at least {2 * size} are needed")
-    chosen = (
-        [places[i * len(places) // MOST] for i in range(MOST)] if len(places) > MOST else places
-    )
-    ends = [*starts, len(data)]
-    return HeldOutText(
-        sha256,
-        tuple(tuple(ids[i] for i in place) for place in chosen),
-        tuple(ends[place.stop] - starts[place.start + 1] for place in chosen),
-    )
-
-
-class Scorer:
-    """Logits of whole windows."""
-
-    def __init__(self, module: Module, source: WeightSource) -> None:
-        self._interpreter = Interpreter(module, source)
-        self._args = module.functions["prefill"].args
-
-    def logits(self, ids: Sequence[int], force: Sequence[int] = ()) -> NDArray[np.float32]:
-        """f32[T, V]; `force` as `gate_force`."""
-        inputs = first_call(self._args, ids)
-        inputs["logit_index"] = torch.arange(len(ids))[None]
-        if force:
-            inputs["gate_force"] = torch.tensor(list(force), dtype=torch.int8)
-        return self._interpreter.run("prefill", inputs)["logits"][0].numpy()
 
 
 def choose_gates(
@@ -224,6 +153,7 @@ class Lossy:
         model: what is compiled.
         passes: the plan.
         context: what the passes may use.
+        report: told about the progress.
 
     Attributes:
         told: what choosing found, for the manifest.
@@ -235,7 +165,9 @@ class Lossy:
         model: ModelInput,
         passes: Sequence[PassPlan],
         context: PassContext,
+        report: Report,
     ) -> None:
+        self._report = report
         self._options, self._model, self._context = options, model, context
         self._weights = context.source or model.weights
         self._passes = tuple(passes)
@@ -274,7 +206,7 @@ class Lossy:
         before = self._exact(traced)
         text = self._text(traced).half(0)
         digits, trials = choose_gates(
-            before, self._weights, text, profile, self._budget or 0.0, _quiet
+            before, self._weights, text, profile, self._budget or 0.0, self._report
         )
         self.told = {"trials": trials, "max_kl": self._budget, "chosen_on": text.sha256}
         chosen = plan_passes([f"fix-gates{{gates={digits}}}"], ())[0]
@@ -292,7 +224,7 @@ class Lossy:
         paths = [name.removeprefix("path_") for name in after.functions if name.startswith("path_")]
         if paths:
             return {"paths": measure_paths(self._exact(traced), self._weights, text, paths)}
-        found = measure(self._exact(traced), after, self._weights, text, _quiet)
+        found = measure(self._exact(traced), after, self._weights, text, self._report)
         budget, cost = self._budget, found["kl_nats"]
         if budget is not None and not cost <= budget:
             raise CheckFailed(
@@ -312,6 +244,35 @@ class Lossy:
         lossy.note(errors, said)
 
     @property
+    def mixes(self) -> bool:
+        """Whether a pass needs a recipe."""
+        return any(plan.options.get("scheme") == MIXED for plan in self._passes)
+
+    def recipe(self, traced: Module) -> Recipe:
+        """The scheme of each weight.
+
+        Raises:
+            InputError: there is no text to choose on, or nothing to choose by.
+        """
+        options = self._options
+        if options.recipe is not None:
+            return read_recipe(options.recipe)
+        at = next(n for n, p in enumerate(self._passes) if p.options.get("scheme") == MIXED)
+        module = run_passes(traced, self._passes[:at], Statistics(), context=self._context)
+        quantize = self._passes[at].instance
+        if not isinstance(quantize, Quantize):
+            raise InternalError(f"{self._passes[at].text} takes a recipe")
+        return mixed.choose(
+            module,
+            self._weights,
+            self._text(traced).half(0),
+            quantize,
+            target_size=options.target_size,
+            max_kl=options.max_kl,
+            report=self._report,
+        )
+
+    @property
     def calibrates(self) -> bool:
         """Whether a pass needs text to calibrate on."""
         return any(plan.options.get("method") == "gptq" for plan in self._passes)
@@ -328,7 +289,7 @@ class Lossy:
         text = self._windows(traced, path, None)
         if self._has_text and self._text(traced).sha256 == text.sha256:
             raise InputError(f"{path}: the compile is measured on it; calibrate on other text")
-        return Calibration(text.windows, text.sha256, source, source, _quiet)
+        return Calibration(text.windows, text.sha256, source, source, self._report)
 
     def _exact(self, traced: Module) -> Module:
         """The model after all passes that change nothing, each function one of the model's."""
@@ -354,7 +315,3 @@ class Lossy:
             context if isinstance(context, int) else None,
             profile,
         )
-
-
-def _quiet(what: str, done: int, total: int) -> None:
-    del what, done, total

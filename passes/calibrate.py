@@ -21,11 +21,8 @@ from liquidc.ir.interpreter import Frame, Interpreter, first_call
 from liquidc.ir.quantised import (
     BITS,
     Blocks,
-    Codes,
     Grid,
     Quantised,
-    Scales,
-    Zeros,
     dequantise,
     pack,
 )
@@ -299,7 +296,7 @@ class _Run:
         nearest = tuple(number for number, (_, reason) in enumerate(each) if reason)
         reason = next((reason for _, reason in each if reason), "")
         self.reached[name] = Reached(tuple(tokens for tokens, _ in each), nearest, reason)
-        self.calibration.report("calibrate", len(self.reached), len(self.grids))
+        self.calibration.report("weights calibrated", len(self.reached), len(self.grids))
 
     def _round_one(
         self, name: str, inputs: Sequence[torch.Tensor], expert: int | None
@@ -327,33 +324,26 @@ class _Run:
 
     def _keep(self, name: str, made: Blocks) -> None:
         narrow = BITS[self.grids[name].format] == 4
-        parts: list[tuple[type[Quantised], torch.Tensor | None]] = [
-            (Codes, pack(made.codes) if narrow else made.codes),
-            (Scales, made.scales),
-            (Zeros, None if made.zeros is None else pack(made.zeros) if narrow else made.zeros),
-        ]
-        for kind, part in parts:
-            if part is not None:
-                expr = self._expr(kind, name)
-                self.calibration.store.append(expr.stored, expr.type, part)
+        zeros = made.zeros
+        tensors = {"codes": pack(made.codes) if narrow else made.codes, "scales": made.scales}
+        if zeros is not None:
+            tensors["zeros"] = pack(zeros) if narrow else zeros
+        for kind, part in self._parts(name).items():
+            self.calibration.store.append(part.stored, part.type, tensors[kind])
 
-    def _expr(self, kind: type[Quantised], name: str) -> Quantised:
-        grid = self.grids[name]
-        expr = self.module.weights[name]
-        return kind(expr, grid.format, grid.block, grid.symmetric, "gptq")
+    def _parts(self, name: str) -> dict[str, Quantised]:
+        return self.grids[name].parts(self.module.weights[name], "gptq")
 
     def _rounded(self, name: str, expert: int | None = None) -> torch.Tensor:
         """The floats of what was stored."""
-        kinds = (Codes, Scales) if self.grids[name].symmetric else (Codes, Scales, Zeros)
-        read: list[torch.Tensor] = []
-        for kind in kinds:
-            expr = self._expr(kind, name)
-            first, *rest = expr.sizes
+        read: dict[str, torch.Tensor] = {}
+        for kind, part in self._parts(name).items():
+            first, *rest = part.sizes
             rows = (0, first) if expert is None else (expert, expert + 1)
-            part = expr.read(self._source, (rows, *((0, size) for size in rest)))
-            read.append(part if expert is None else part[0])
-        codes, scales, *zeros = read
-        return dequantise(codes, scales, zeros[0] if zeros else None, self.grids[name].format)
+            tensor = part.read(self._source, (rows, *((0, size) for size in rest)))
+            read[kind] = tensor if expert is None else tensor[0]
+        format = self.grids[name].format
+        return dequantise(read["codes"], read["scales"], read.get("zeros"), format)
 
 
 def _reason(grid: Grid, tokens: int, columns: int) -> str:

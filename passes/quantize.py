@@ -9,10 +9,9 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from liquidc.errors import InputError
 from liquidc.ir import Block, Module, Op, Value, ops
-from liquidc.ir.quantised import BITS, METHODS, Codes, Grid, Scales, Zeros
+from liquidc.ir.quantised import BITS, METHODS, Grid
 from liquidc.ir.rewriter import Rewriter, Statistics
 from liquidc.ir.types import DType, TensorType
-from liquidc.ir.weights import WeightExpr
 from liquidc.passes.base import Pass, PassContext
 from liquidc.passes.fold_constants import declare
 from liquidc.passes.routers import router_linears
@@ -102,10 +101,16 @@ class Quantize(Pass):
             statistics.fired[self.name] += 1
         statistics.facts[self.name] = told.facts()
 
+    def grids(self, module: Module, context: PassContext) -> dict[str, Grid]:
+        """The weights that it would quantise, and how."""
+        return {place.weight: place.grid for place in self._places(module, context, _Told())}
+
     def _places(self, module: Module, context: PassContext, told: _Told) -> list[_Place]:
         """Where a weight is to be read as codes."""
         if self.scheme == MIXED and context.recipe is None:
             raise InputError("a mixed scheme needs a recipe: give --target-size or --max-kl")
+        if unknown := sorted((context.recipe or {}).keys() - module.weights.keys()):
+            raise InputError(f"the recipe names {unknown[0]}, which is no weight after the passes")
         routed, heads = router_linears(module), _heads(module)
         found: list[_Place] = []
         chosen: dict[str, str] = {}
@@ -160,10 +165,7 @@ def _quantise(module: Module, place: _Place, method: str) -> list[TensorType]:
     """Let an op read a dequantised weight; gives the types of its parts."""
     rw = Rewriter(place.block, [])
     grid = place.grid
-    given = (module.weights[place.weight], grid.format, grid.block, grid.symmetric, method)
-    parts: dict[str, WeightExpr] = {"codes": Codes(*given), "scales": Scales(*given)}
-    if not grid.symmetric:
-        parts["zeros"] = Zeros(*given)
+    parts = grid.parts(module.weights[place.weight], method)
     values = [declare(module, rw, f"{place.weight}.{name}", part) for name, part in parts.items()]
     new = rw.emit(ops.Dequantize(*values, format=grid.format, loc=place.op.loc)).y
     new.name = place.value.name

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +20,8 @@ if TYPE_CHECKING:
 Examples:
   liquidc compile samples/tiny-liquid -o engine --target onnxruntime
   liquidc compile model -o engine --dry-run
+  liquidc compile model -o engine --quantize "int4{method=gptq}" --calibration text.txt
+  liquidc compile model -o engine --quantize mixed --target-size 400MB
   liquidc compile model -o engine --profile profile.json --specialize budget --max-kl 0.01
   liquidc compile model -o engine --profile profile.json --add-pass "prune-experts{ratio=0.25}"
   liquidc compile model -o engine --dump-dir stages --verify-each --stats
@@ -40,12 +43,25 @@ Examples:
     "--data", type=click.Path(path_type=Path), help="Held-out text; default: MODEL/heldout.txt."
 )
 @click.option("--profile", type=click.Path(path_type=Path), help="Of this model, for the passes.")
-@click.option("--quantize", default="", metavar="SCHEME", help="int8, int4 or fp8; int4{block=64}.")
+@click.option(
+    "--quantize", default="", metavar="SCHEME", help="int8, int4, fp8 or mixed; int4{block=64}."
+)
 @click.option(
     "--calibration",
     type=click.Path(path_type=Path),
     metavar="FILE",
     help="Text to calibrate on, for --quantize int4{method=gptq}; not the held-out one.",
+)
+@click.option(
+    "--target-size",
+    metavar="SIZE",
+    help="Bytes of weights, without padding, that --quantize mixed is to reach: 400MB, 4.2GB.",
+)
+@click.option(
+    "--recipe",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help='Schemes for --quantize mixed: TOML, a table [weights] of "name" = "int4".',
 )
 @click.option(
     "--portable-weights",
@@ -85,6 +101,8 @@ def command(
     portable_weights: bool,
     fused_experts: bool,
     calibration: Path | None,
+    target_size: str | None,
+    recipe: Path | None,
     machine: Path | None,
     verify_each: bool,
     dump_dir: Path | None,
@@ -101,7 +119,7 @@ def command(
     """
     if output is None and not dry_run:
         raise click.UsageError("Missing option '-o' / '--output'.", click.get_current_context())
-    from liquidc import lossy
+    from liquidc import lossy, mixed
     from liquidc.passplan import split_passes
     from liquidc.pipeline import compile_model
     from liquidc.plan import CompileOptions
@@ -116,6 +134,8 @@ def command(
         portable_weights=portable_weights,
         fused_experts=fused_experts,
         calibration=calibration,
+        target_size=None if target_size is None else _bytes(target_size),
+        recipe=recipe,
         machine=machine,
         specialize=specialize or "",
         max_kl=max_kl,
@@ -140,6 +160,7 @@ def command(
         for name, facts in compiled.statistics.facts.items()
         if name in ("prune-experts", "merge-experts")
     }
+    quantized = compiled.statistics.facts.get("quantize", {})
     if as_json:
         result: dict[str, Any] = {
             "engine": str(compiled.engine),
@@ -152,6 +173,8 @@ def command(
             ],
         }
         result |= {"experts": experts} if experts else {}
+        result |= {"quantize": quantized} if quantized else {}
+        result |= {"fidelity": compiled.manifest.fidelity} if compiled.manifest.fidelity else {}
         if stats:
             result["rules"] = dict(sorted(compiled.statistics.fired.items()))
         emit_json(result)
@@ -159,6 +182,11 @@ def command(
     for name, said in experts.items():
         rows = [[*row] for row in lossy.table(said)]
         table(f"{name}, measured on held-out text", [*lossy.COLUMNS], rows)
+    if quantized:
+        table("quantize", [*mixed.COLUMNS], [[*row] for row in mixed.table(quantized)])
+        for line in mixed.notes(quantized):
+            click.echo(line)
+    _show_fidelity(compiled.manifest.fidelity, quantized=bool(quantized))
     size = sum(info.bytes for info in compiled.manifest.files.values())
     click.echo(
         f"{compiled.engine}: {bytes_text(size)} in {len(compiled.manifest.files) + 1} files, "
@@ -167,12 +195,37 @@ def command(
     )
 
 
+def _show_fidelity(found: dict[str, Any] | None, *, quantized: bool) -> None:
+    """What a lossy compile changed on held-out text."""
+    if found is not None and "kl_nats" in found:
+        click.echo(
+            f"on {found['tokens']} held-out tokens: KL {found['kl_nats']:.3g} nats, top-1 "
+            f"{found['top1_agreement']:.2%}, bits per byte {found['bits_per_byte']:.4f} against "
+            f"{found['bits_per_byte_original']:.4f}"
+        )
+    elif quantized and found is None:
+        click.echo("not measured: no held-out text; give it with --data FILE")
+
+
 def show_statistics(statistics: Statistics, *, as_json: bool, stderr: bool = False) -> None:
     """Print the table of rule firings, unless the result is JSON."""
     if as_json:
         return
     rows = [[name, str(count)] for name, count in sorted(statistics.fired.items())]
     table("", ["rule", "fired"], rows or [["(none)", "0"]], stderr=stderr)
+
+
+def _bytes(text: str) -> int:
+    """A number of bytes for people, back again: 1 kB is 1000 bytes."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(B|kB|KB|MB|GB)?", text.strip())
+    if match is None:
+        raise click.BadParameter(
+            f"{text!r} is not a size such as 400MB",
+            click.get_current_context(),
+            param_hint="--target-size",
+        )
+    units = {None: 1, "B": 1, "kB": 10**3, "KB": 10**3, "MB": 10**6, "GB": 10**9}
+    return int(float(match[1]) * units[match[2]])
 
 
 def _start(text: str) -> tuple[str, Path]:

@@ -103,15 +103,17 @@ class StageProgress:
         self._terminal = sys.stderr.isatty() and not quiet
         self._bar: Bar | None = None
         self._task: TaskID | None = None
+        self._name, self._told = "", 0.0
 
     def stage(self, name: str, total: int) -> None:
         """A stage begins."""
+        self._name, self._told = name, time.monotonic()
         if not self._terminal:
             return
         from rich.progress import BarColumn, DownloadColumn, SpinnerColumn, TextColumn
         from rich.progress import Progress as Bar
 
-        columns = [SpinnerColumn(), TextColumn(f"{name:10s}")]
+        columns = [SpinnerColumn(), TextColumn("{task.description:10s}")]
         if total:
             columns += [BarColumn(), DownloadColumn()]
         self._bar = Bar(*columns, console=console(stderr=True), transient=True)
@@ -122,6 +124,15 @@ class StageProgress:
         """So many bytes more were written."""
         if self._bar is not None and self._task is not None:
             self._bar.advance(self._task, amount)
+
+    def part(self, what: str, done: int, total: int) -> None:
+        """Of `total` parts of a stage that writes nothing, so many are done."""
+        text = f"{self._name}: {done} of {total} {what}"
+        if self._bar is not None and self._task is not None:
+            self._bar.update(self._task, description=text)
+        elif not self._quiet and time.monotonic() - self._told > 10:
+            self._told = time.monotonic()
+            click.echo(text, err=True)
 
     def done(self, name: str, seconds: float) -> None:
         """The stage is over."""

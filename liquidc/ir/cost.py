@@ -184,7 +184,7 @@ class _Counter:
 
 
 def _readers(value: Value) -> list[tuple[Op, Value]]:
-    """The ops that read a weight, and what they read: it, or the floats that its codes stand for."""
+    """The ops that read a weight, and what they read: it, or the floats that its codes mean."""
     found: list[tuple[Op, Value]] = []
     for user in value.uses:
         found += _readers(user.y) if isinstance(user, ops.Dequantize) else [(user, value)]

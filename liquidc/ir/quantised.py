@@ -60,6 +60,12 @@ class Grid:
     block: int
     symmetric: bool
 
+    def parts(self, x: WeightExpr, method: str = "nearest") -> dict[str, Quantised]:
+        """The tensors that a weight becomes, by kind."""
+        given = (x, self.format, self.block, self.symmetric, method)
+        parts: dict[str, Quantised] = {"codes": Codes(*given), "scales": Scales(*given)}
+        return parts if self.symmetric else {**parts, "zeros": Zeros(*given)}
+
     def nearest(self, weight: torch.Tensor) -> Blocks:
         """The weight rounded to the nearest codes."""
         return round_to_nearest(weight, self.format, self.block, symmetric=self.symmetric)

@@ -11,6 +11,7 @@ import torch
 
 from liquidc import facts
 from liquidc.fidelity import GateMetrics
+from liquidc.heldout import read_text
 from liquidc.ir import Module
 from liquidc.ir.interpreter import Interpreter, first_call
 from liquidc.ir.rewriter import Statistics
@@ -22,7 +23,6 @@ from liquidc.passes.specialize_depth import SpecializeDepth
 from liquidc.pipeline import open_model
 from liquidc.profile import read_profile
 from liquidc.profiling import profile_corpus
-from liquidc.specialize import read_text
 from liquidc.tokenizer import Tokenizer
 
 SAMPLE = Path(__file__).resolve().parent.parent.parent / "samples" / "tiny-liquid"

@@ -1,0 +1,102 @@
+"""Held-out text in windows, and the interpreter's logits for them."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Generator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from liquidc.errors import InputError
+from liquidc.ir import Module
+from liquidc.ir.interpreter import Interpreter, first_call
+from liquidc.ir.weights import WeightSource
+from liquidc.profile import Profile
+from liquidc.tokenizer import Tokenizer
+
+WINDOW = 256
+"""Tokens that are run at a time, from an empty cache."""
+MOST = 64
+"""Windows that are run; they are spread evenly over the text."""
+Report = Callable[[str, int, int], None]
+"""Told what is under way, how much is done and how much there is."""
+
+
+@dataclass(frozen=True, slots=True)
+class HeldOutText:
+    """Windows of text, and the bytes that the tokens after the first of each stand for."""
+
+    sha256: str
+    windows: tuple[tuple[int, ...], ...]
+    bytes: tuple[int, ...]
+
+    def half(self, number: int) -> HeldOutText:
+        """Every other window, from `number` on."""
+        return HeldOutText(self.sha256, self.windows[number::2], self.bytes[number::2])
+
+
+def read_text(
+    path: Path, tokenizer: Tokenizer | None, context: int | None, profile: Profile | None
+) -> HeldOutText:
+    """Held-out text in windows.
+
+    Raises:
+        InputError: it can't be read, is too short, or the profile was made with it.
+    """
+    if tokenizer is None:
+        raise InputError(f"{path}: the model has no tokenizer to read it with")
+    try:
+        data = path.read_bytes()
+        ids, starts = tokenizer.spans(data.decode())
+    except FileNotFoundError:
+        raise InputError(f"{path}: no held-out text; give one with --data FILE") from None
+    except UnicodeDecodeError:
+        raise InputError(f"{path}: not UTF-8 text") from None
+    sha256 = hashlib.sha256(data).hexdigest()
+    if profile is not None and sha256 in profile.data:
+        raise InputError(f"{path}: the profile was made with it; give text that is held out")
+    size = min(WINDOW, context or WINDOW)
+    places = [range(at, at + size) for at in range(0, len(ids) - size + 1, size)]
+    if len(places) < 2:
+        raise InputError(f"{path}: {len(ids)} tokens; at least {2 * size} are needed")
+    chosen = (
+        [places[i * len(places) // MOST] for i in range(MOST)] if len(places) > MOST else places
+    )
+    ends = [*starts, len(data)]
+    return HeldOutText(
+        sha256,
+        tuple(tuple(ids[i] for i in place) for place in chosen),
+        tuple(ends[place.stop] - starts[place.start + 1] for place in chosen),
+    )
+
+
+class Scorer:
+    """Logits of whole windows."""
+
+    def __init__(self, module: Module, source: WeightSource) -> None:
+        self._interpreter = Interpreter(module, source)
+        self._args = module.functions["prefill"].args
+
+    def logits(self, ids: Sequence[int], force: Sequence[int] = ()) -> NDArray[np.float32]:
+        """f32[T, V]; `force` as `gate_force`."""
+        inputs = first_call(self._args, ids)
+        inputs["logit_index"] = torch.arange(len(ids))[None]
+        if force:
+            inputs["gate_force"] = torch.tensor(list(force), dtype=torch.int8)
+        return self._interpreter.run("prefill", inputs)["logits"][0].numpy()
+
+    @contextmanager
+    def replaced(self, weights: Mapping[str, torch.Tensor]) -> Generator[None]:
+        """Other values for some weights."""
+        known = self._interpreter.weights
+        kept = {name: self._interpreter.weight(name) for name in weights}
+        known |= weights
+        try:
+            yield
+        finally:
+            known |= kept
