@@ -115,6 +115,5 @@ def _part(g: Graph, value: Value | None, order: tuple[int, ...] | None) -> str:
         return ""
     name, expr = g.weight_expr(stored_name(value))
     experts, rows, *rest = expr.sizes
-    if order is not None:
-        name, expr = f"{name}.interleaved", Take(expr, 1, order)
-    return g.view(name, expr, ELEMENT[expr.type.dtype], (experts, rows, prod(rest)))
+    expr = expr if order is None else Take(expr, 1, order)
+    return g.view(f"{name}.qmoe", expr, ELEMENT[expr.type.dtype], (experts, rows, prod(rest)))

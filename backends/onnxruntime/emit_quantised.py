@@ -3,9 +3,9 @@
 A weight that is dequantised has one of three forms:
 
 - `_few_bits`: MatMulNBits reads the codes;
-- `_standard`: DequantizeLinear of ai.onnx makes floats, which a Gemm reads. Asked for by
-  `--portable-weights`, and for e4m3, which MatMulNBits has not;
-- `_floats`: plain maths make floats, where codes are computed or in no form that the others take.
+- `_standard`: DequantizeLinear of ai.onnx makes floats, which a Gemm reads, for what MatMulNBits
+  does not take, such as e4m3, and for everything with `--portable-weights`;
+- `_floats`: plain maths make floats, of what DequantizeLinear does not take.
 """
 
 from __future__ import annotations
@@ -43,12 +43,10 @@ def product(g: Graph, x: str, weight: Value, bias: str = "", expert: int | None 
     op = weight.op
     if not isinstance(op, ops.Dequantize):
         w = g.expert(weight, expert)
-    elif _standardised(g, op):
-        w = _standard(g, op, expert)
-    elif op.format == "e4m3" or op.block < LEAST or op.block & (op.block - 1):
-        w = _floats(g, op, expert)
-    else:
+    elif _fits_few_bits(op) and not g.shared.choices.portable_weights:
         return _few_bits(g, x, op, bias, expert)
+    else:
+        w = _values(g, op, expert)
     return g.op("Gemm", [x, w, bias] if bias else [x, w], transB=1)
 
 
@@ -61,18 +59,25 @@ def multiplies(op: ops.Dequantize) -> bool:
     )
 
 
-def _standardised(g: Graph, op: ops.Dequantize) -> bool:
-    """Whether DequantizeLinear is wanted, and can be: it takes tensors that the engine stores.
+def _fits_few_bits(op: ops.Dequantize) -> bool:
+    """Whether MatMulNBits takes the format and the block."""
+    return op.format != "e4m3" and op.block >= LEAST and not op.block & (op.block - 1)
 
-    Zero points of four bits are packed without regard to rows, ours row by row: the same where
-    rows have an even number of them.
+
+def _values(g: Graph, op: ops.Dequantize, expert: int | None) -> str:
+    """The floats of codes."""
+    return _standard(g, op, expert) if _fits_standard(op) else _floats(g, op, expert)
+
+
+def _fits_standard(op: ops.Dequantize) -> bool:
+    """Whether DequantizeLinear takes the tensors as the engine stores them.
+
+    Zero points of four bits are packed without regard to rows there, ours row by row: the same
+    where rows have an even number of them.
     """
     parts = [part for part in (op.codes, op.scales, op.zeros) if part is not None]
-    if not all(isinstance(part.op, ops.Weight) for part in parts):
-        return False
-    if op.zeros is not None and op.format == "int4" and sizes(op.scales.shape)[-1] % 2:
-        return False
-    return op.format == "e4m3" or g.shared.choices.portable_weights
+    odd = op.zeros is not None and op.format == "int4" and sizes(op.scales.shape)[-1] % 2
+    return all(isinstance(part.op, ops.Weight) for part in parts) and not odd
 
 
 def _standard(g: Graph, op: ops.Dequantize, expert: int | None) -> str:
@@ -96,9 +101,8 @@ def _stored(
 ) -> str:
     """The bytes of a weight, some bits flipped, as a tensor of another type."""
     name, expr = g.weight_expr(stored_name(value), expert)
-    if flip:
-        name, expr = f"{name}.signed", Xor(expr, flip)
-    return g.view(name, expr, element, shape)
+    expr = Xor(expr, flip) if flip else expr
+    return g.view(f"{name}.standard", expr, element, shape)
 
 
 def stored_name(value: Value) -> str:
@@ -157,9 +161,7 @@ def _unpacked(g: Graph, data: str, shape: list[int]) -> str:
 
 def _dequantize(g: Graph, op: ops.Dequantize) -> list[str]:
     """Nothing where products read the codes."""
-    if multiplies(op):
-        return []
-    return [_standard(g, op, None) if _standardised(g, op) else _floats(g, op, None)]
+    return [] if multiplies(op) else [_values(g, op, None)]
 
 
 EMIT: dict[type[Op], Emit] = {ops.Dequantize: _dequantize}

@@ -135,7 +135,10 @@ class Graph:
         return (name, expr) if expert is None else (f"{name}.{expert}", Select(expr, expert))
 
     def view(self, name: str, expr: WeightExpr, element: int, shape: Sequence[int]) -> str:
-        """The bytes of `expr`, as an initialiser of another element type and shape."""
+        """The bytes of `expr`, as an initialiser of another element type and shape.
+
+        The name must be no weight's of the module: both may be stored.
+        """
         self.shared.weights.setdefault(name, expr)
         self.shared.forms[name] = (element, tuple(shape))
         return name
