@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from liquidc.ir import DType, TensorType
-from liquidc.ir.weight_maths import Mix, Product, Take
+from liquidc.ir import DType, TensorType, parse_module
+from liquidc.ir.weight_maths import Mix, Product, Take, Xor
 from liquidc.ir.weights import (
     Cast,
     Concat,
@@ -144,6 +145,25 @@ def test_rows_that_are_taken_are_read_alone() -> None:
     x, _ = source.stored(8, 4)
     Take(x, 0, (7, 1, 3)).read(source, ((1, 3), (0, 4)))
     assert source.read == 2 * 4
+
+
+def test_flipped_bits_make_codes_signed() -> None:
+    source = Source()
+    source.tensors["c"] = torch.arange(256, dtype=torch.uint8).reshape(8, 32)
+    x = Stored("c", TensorType(DType.U8, (8, 32)))
+    eight = Xor(x, 0x80).read(source, ((2, 5), (1, 32))).view(torch.int8)
+    wanted = source.tensors["c"][2:5, 1:32].int()
+    assert torch.equal(eight.int(), wanted - 128)
+    four = Xor(x, 0x88).read(source, ((2, 5), (1, 32))).int()
+    for shift in (0, 4):
+        nibble = (four >> shift) & 15
+        signed = nibble - 16 * (nibble > 7).int()
+        assert torch.equal(signed, ((wanted >> shift) & 15) - 8)
+    text = "module @m\nweight @w : u8[8, 32] = xor(tensor(\"c\", u8[8, 32]), 136)\n"
+    assert parse_module(text).weights["w"] == Xor(x, 0x88)
+    for mask, stored in ((256, x), (1, Stored("f", TensorType(DType.F32, (2,))))):
+        with pytest.raises(ValueError, match="xor of"):
+            Xor(stored, mask)
 
 
 def test_a_row_of_a_stack_reads_one_part() -> None:
