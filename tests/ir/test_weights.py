@@ -159,7 +159,7 @@ def test_flipped_bits_make_codes_signed() -> None:
         nibble = (four >> shift) & 15
         signed = nibble - 16 * (nibble > 7).int()
         assert torch.equal(signed, ((wanted >> shift) & 15) - 8)
-    text = "module @m\nweight @w : u8[8, 32] = xor(tensor(\"c\", u8[8, 32]), 136)\n"
+    text = 'module @m\nweight @w : u8[8, 32] = xor(tensor("c", u8[8, 32]), 136)\n'
     assert parse_module(text).weights["w"] == Xor(x, 0x88)
     for mask, stored in ((256, x), (1, Stored("f", TensorType(DType.F32, (2,))))):
         with pytest.raises(ValueError, match="xor of"):
