@@ -14,7 +14,7 @@ from math import prod
 
 import numpy as np
 
-from liquidc.backends.onnxruntime.emit_quantised import stored_name
+from liquidc.backends.onnxruntime.emit_quantised import LEAST, stored_name
 from liquidc.backends.onnxruntime.graph import ELEMENT, Graph
 from liquidc.errors import UnsupportedError
 from liquidc.ir import Op, Value, ops
@@ -36,6 +36,10 @@ def qmoe(g: Graph, op: ops.GroupedExperts) -> list[str]:
         raise _refusal(op, "its CPU kernel has no e4m3")
     if gate_up.block != down.block:
         raise _refusal(op, f"blocks of {gate_up.block} and {down.block} elements")
+    if gate_up.block < LEAST or gate_up.block & (gate_up.block - 1):
+        raise _refusal(
+            op, f"blocks of {gate_up.block} elements are no power of two from {LEAST} on"
+        )
     if op.apply != "output":
         raise _refusal(op, "they weigh their inputs")
     if not _never_negative(op.weight.op):

@@ -10,7 +10,7 @@ import torch
 
 from liquidc.backends.base import Choices
 from liquidc.errors import UnsupportedError
-from liquidc.ir import Module, ops, parse_module
+from liquidc.ir import Module, ops, parse_module, print_module
 from liquidc.ir.interpreter import Interpreter
 from liquidc.ir.quantised import dequantise
 from liquidc.ir.rewriter import Statistics
@@ -164,6 +164,16 @@ def test_blocks_differ(tmp_path: Path) -> None:
     Quantize(block=64).run(module, Statistics())
     with pytest.raises(UnsupportedError, match="blocks of 32 and 64 elements"):
         session(module, Tensors(), tmp_path, FUSED)
+
+
+def test_blocks_are_too_small(tmp_path: Path) -> None:
+    text = print_module(quantised("int8"))
+    smaller = {'"int8", 32': '"int8", 8', "1, 32]": "4, 8]", "64, 1]": "64, 4]", "32, 1]": "32, 4]"}
+    for old, new in smaller.items():
+        assert old in text
+        text = text.replace(old, new)
+    with pytest.raises(UnsupportedError, match="blocks of 8 elements are no power of two from 16"):
+        session(parse_module(text), Tensors(), tmp_path, FUSED)
 
 
 def test_small_weights_are_ignored(tmp_path: Path) -> None:
