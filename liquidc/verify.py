@@ -83,8 +83,9 @@ _ANY = {"greedy_match": 0.0, "logits_max_rel": 1.0}
 BY_SCHEME = {
     "int4": Thresholds(0.98, 0.9, top1_agreement=0.95, kl_nats=0.1, bits_per_byte_rel=0.02, **_ANY),
     "fp8": Thresholds(0.98, 0.9, top1_agreement=0.95, kl_nats=0.1, bits_per_byte_rel=0.02, **_ANY),
-    "int8": Thresholds(
-        0.997, 0.98, top1_agreement=0.99, kl_nats=0.01, bits_per_byte_rel=0.002, **_ANY
+    **dict.fromkeys(
+        ("int8-dynamic", "int8"),
+        Thresholds(0.997, 0.98, top1_agreement=0.99, kl_nats=0.01, bits_per_byte_rel=0.002, **_ANY),
     ),
 }
 """What passes where weights are quantised, the coarsest scheme first."""

@@ -19,10 +19,12 @@ from liquidc.passes.routers import router_linears
 if TYPE_CHECKING:
     from liquidc.passes.calibrate import Reached
 
-FORMATS = {"int8": "int8", "int4": "int4", "fp8": "e4m3"}
+FORMATS = {"int8": "int8", "int8-dynamic": "int8", "int4": "int4", "fp8": "e4m3"}
 """Formats of codes by scheme."""
-BLOCKS = {"int8": 32, "int4": 32, "fp8": 128}
+BLOCKS = {"int8": 32, "int8-dynamic": 32, "int4": 32, "fp8": 128}
 """Elements of a block by scheme, unless `block` says another."""
+DYNAMIC = "int8-dynamic"
+"""The scheme that rounds inputs too."""
 MIXED = "mixed"
 """The scheme that takes each weight's own from a recipe."""
 LEAST = 16
@@ -45,7 +47,9 @@ class Quantize(Pass):
         %w = dequantize %c, %s, format="int4" : f32[64, 128]
         %y = linear %x, %w
 
-    Schemes are `int8`, `int4` and `fp8` (float8 e4m3); with `mixed` a recipe says each weight's.
+    Schemes are `int8`, `int4` and `fp8` (float8 e4m3); `int8-dynamic` also rounds what meets a
+    weight, block by block as it comes; with `mixed` a recipe says each weight's. A `block` of -1 is
+    a whole row, one scale for each output channel.
     Weights inside branches and of experts are quantised like all others. Routers of depth gates
     and experts, norms and embeddings stay as they are, so decisions move only with the states that
     they look at; the head, whose errors nothing averages out, has `head` bits. A `block` that does
@@ -67,8 +71,10 @@ class Quantize(Pass):
             raise InputError(f"scheme is {', '.join(FORMATS)} or mixed, not {self.scheme!r}")
         if self.head not in (*FORMATS, "float", "same"):
             raise InputError(f"head is {', '.join(FORMATS)}, same or float, not {self.head!r}")
-        if self.block and (self.block < LEAST or self.block & (self.block - 1)):
-            raise InputError(f"block is a power of two from {LEAST} on, not {self.block}")
+        if self.block not in (0, -1) and (self.block < LEAST or self.block & (self.block - 1)):
+            raise InputError(
+                f"block is a power of two from {LEAST} on, or -1 for rows, not {self.block}"
+            )
         if not self.symmetric and self.scheme == "fp8":
             raise InputError("fp8 is symmetric: it has no zero points")
         if self.method not in METHODS:
@@ -143,7 +149,7 @@ class Quantize(Pass):
         return self.head if wider else self.scheme
 
     def _grid(self, scheme: str, columns: int) -> Grid:
-        size = self.block or BLOCKS[scheme]
+        size = columns if self.block == -1 else self.block or BLOCKS[scheme]
         while columns % size:
             size //= 2
         return Grid(FORMATS[scheme], size, self.symmetric or scheme == "fp8")
@@ -172,7 +178,17 @@ def _quantise(module: Module, place: _Place, method: str) -> list[TensorType]:
     for emitted in rw.emitted:
         place.block.insert_before(place.op, emitted)
     place.op.set_operands([new if v is place.value else v for v in place.op.operands])
+    if place.scheme == DYNAMIC:
+        _round_inputs(place.op, new, grid.block)
     return [value.type for value in values]
+
+
+def _round_inputs(op: Op, weight: Value, block: int) -> None:
+    """Let what meets a weight be rounded too."""
+    if isinstance(op, ops.GroupedExperts) and weight is op.down:
+        op.attributes["inner_block"] = block
+    elif isinstance(op, ops.Linear | ops.GroupedExperts):
+        op.attributes["input_block"] = block
 
 
 class _Told:

@@ -80,10 +80,10 @@ def grouped_experts(g: Graph, op: ops.GroupedExperts) -> list[str]:
         return qmoe(g, op)
 
     def swiglu(arm: Graph, tokens: str, expert: int) -> str:
-        both = product(arm, tokens, op.gate_up, expert=expert)
+        both = product(arm, tokens, op.gate_up, expert=expert, rounded=op.input_block)
         gate, up = arm.op("Split", [both], 2, axis=1, num_outputs=2)
         inner = arm.op("Mul", [arm.contrib("QuickGelu", [gate], alpha=1.0), up])
-        return product(arm, inner, op.down, expert=expert)
+        return product(arm, inner, op.down, expert=expert, rounded=op.inner_block)
 
     return _by_expert(g, op, [op.gate_up, op.down], swiglu)
 

@@ -20,7 +20,8 @@ def _embed(g: Graph, op: ops.Embed) -> list[str]:
 def _linear(g: Graph, op: ops.Linear) -> list[str]:
     """A product on rows."""
     bias = "" if op.bias is None else g.name(op.bias)
-    y = product(g, g.flat(g.name(op.x), op.x.shape), op.weight, bias)
+    x = g.flat(g.name(op.x), op.x.shape)
+    y = product(g, x, op.weight, bias, rounded=op.input_block)
     return [y if op.x.type.rank == 2 else g.op("Reshape", [y, g.shape(op.y.shape)])]
 
 

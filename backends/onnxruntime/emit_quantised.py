@@ -18,11 +18,11 @@ from liquidc.backends.onnxruntime.graph import Graph
 from liquidc.errors import UnsupportedError
 from liquidc.ir import Op, Value, ops
 from liquidc.ir.quantised import BITS, ZERO
-from liquidc.ir.weight_maths import Xor
+from liquidc.ir.weight_maths import Take, Xor
 from liquidc.ir.weights import sizes
 
-LEAST = 16
-"""MatMulNBits takes blocks of a power of two from here on."""
+LEAST, MOST = 16, 128
+"""MatMulNBits takes blocks of a power of two from 16 to 256; wider ones are split into these."""
 STANDARD = {
     ("int4", False): (TensorProto.INT4, 0x88),
     ("int4", True): (TensorProto.UINT4, 0),
@@ -33,8 +33,12 @@ STANDARD = {
 """Types of codes for DequantizeLinear, and the bits that are flipped; by format and zero points."""
 
 
-def product(g: Graph, x: str, weight: Value, bias: str = "", expert: int | None = None) -> str:
+def product(
+    g: Graph, x: str, weight: Value, bias: str = "", expert: int | None = None, rounded: int = 0
+) -> str:
     """`x · weightᵀ + bias` of rows x [n, K]; `weight` may be that of one expert of a stack.
+
+    Blocks of `rounded` elements of x are rounded to 8 bits first; 0 for none.
 
     Gemm, whose weight keeps its layout [N, K], so that a tied embedding is stored once; or
     MatMulNBits on codes. A profile finds the first product of an arm by its name, which ends in
@@ -43,10 +47,13 @@ def product(g: Graph, x: str, weight: Value, bias: str = "", expert: int | None 
     op = weight.op
     if not isinstance(op, ops.Dequantize):
         w = g.expert(weight, expert)
-    elif _fits_few_bits(op) and not g.shared.choices.portable_weights:
-        return _few_bits(g, x, op, bias, expert)
+    elif (split := _split(op)) and not g.shared.choices.portable_weights:
+        # The kernel rounds x by itself, in its own blocks.
+        x = _rounded(g, x, rounded) if rounded not in (0, split) else x
+        return _few_bits(g, x, op, bias, expert, split)
     else:
         w = _values(g, op, expert)
+        x = _rounded(g, x, rounded) if rounded else x
     return g.op("Gemm", [x, w, bias] if bias else [x, w], transB=1)
 
 
@@ -59,9 +66,26 @@ def multiplies(op: ops.Dequantize) -> bool:
     )
 
 
-def _fits_few_bits(op: ops.Dequantize) -> bool:
-    """Whether MatMulNBits takes the format and the block."""
-    return op.format != "e4m3" and op.block >= LEAST and not op.block & (op.block - 1)
+def _split(op: ops.Dequantize) -> int:
+    """The blocks in which MatMulNBits can have the codes: theirs, or parts of them; 0 for none."""
+    if op.format == "e4m3":
+        return 0
+    block = op.block & -op.block  # the largest power of two that divides it
+    parts = block if block == op.block <= 2 * MOST else min(block, MOST)
+    if parts < LEAST or (parts != op.block and op.zeros is not None):
+        return 0
+    return parts
+
+
+def _rounded(g: Graph, x: str, block: int) -> str:
+    """Rows x [n, K] with their blocks rounded to 8 bits, as `round_inputs` does."""
+    blocks = g.op("Reshape", [x, g.const([0, -1, block])])
+    largest = g.op("ReduceMax", [g.op("Abs", [blocks]), g.const([-1])], keepdims=1)
+    scale = g.op("Div", [largest, g.const(127, np.float32)])
+    none = g.op("Equal", [scale, g.const(0, np.float32)])
+    scale = g.op("Where", [none, g.const(1, np.float32), scale])
+    steps = g.op("Round", [g.op("Div", [blocks, scale])])
+    return g.op("Reshape", [g.op("Mul", [steps, scale]), g.op("Shape", [x])])
 
 
 def _values(g: Graph, op: ops.Dequantize, expert: int | None) -> str:
@@ -112,20 +136,38 @@ def stored_name(value: Value) -> str:
     return value.op.weight
 
 
-def _few_bits(g: Graph, x: str, op: ops.Dequantize, bias: str, expert: int | None) -> str:
+def _few_bits(
+    g: Graph, x: str, op: ops.Dequantize, bias: str, expert: int | None, block: int
+) -> str:
     """MatMulNBits at accuracy level 4: the rows of x are rounded to 8 bits block by block.
 
     The other levels compute in float32 and are up to 250 times slower (docs/facts.md).
     """
     count, columns = sizes(op.y.shape[-2:])
-    codes, scales = g.expert(op.codes, expert), g.expert(op.scales, expert)
+    if block == op.block:
+        codes, scales = g.expert(op.codes, expert), g.expert(op.scales, expert)
+    else:
+        codes, scales = _in_parts(g, op, expert, block)
     zeros = "" if op.zeros is None else g.expert(op.zeros, expert)
     inputs = [x, codes, scales, zeros, "", bias]
     while not inputs[-1]:
         inputs.pop()
     name = f"{g.prefix}/Gemm" if g.prefix else "Gemm"
-    bits = {"bits": BITS[op.format], "block_size": op.block, "accuracy_level": 4}
+    bits = {"bits": BITS[op.format], "block_size": block, "accuracy_level": 4}
     return g.contrib("MatMulNBits", inputs, name=name, K=columns, N=count, **bits)
+
+
+def _in_parts(g: Graph, op: ops.Dequantize, expert: int | None, block: int) -> tuple[str, str]:
+    """Codes and scales with smaller blocks: the same bytes of codes, every scale repeated."""
+    count, columns = sizes(op.y.shape[-2:])
+    bytes = block * BITS[op.format] // 8
+    name, expr = g.weight_expr(stored_name(op.codes), expert)
+    shape = (count, columns // block, bytes)
+    codes = g.view(f"{name}.parts", expr, TensorProto.UINT8, shape)
+    name, expr = g.weight_expr(stored_name(op.scales), expert)
+    index = tuple(i // (op.block // block) for i in range(columns // block))
+    expr = Take(expr, expr.type.rank - 1, index)
+    return codes, g.view(f"{name}.parts", expr, TensorProto.FLOAT, shape[:2])
 
 
 def _floats(g: Graph, op: ops.Dequantize, expert: int | None) -> str:

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from liquidc.errors import InputError, InternalError
 from liquidc.ir import ops, semantics
 from liquidc.ir.core import Block, Function, Module, Op, Value
-from liquidc.ir.quantised import dequantise
+from liquidc.ir.quantised import dequantise, round_inputs
 from liquidc.ir.types import Dim, DType, TensorType
 from liquidc.ir.weights import WeightSource, materialize, torch_dtype
 
@@ -222,8 +222,12 @@ def _dequantize(
     return dequantise(codes, scales, zeros, op.format).to(scales.dtype)
 
 
-def _linear(op: ops.Linear, frame: Frame, *values: Tensor) -> Tensor:
-    return F.linear(*values)
+def _linear(op: ops.Linear, frame: Frame, x: Tensor, *factors: Tensor) -> Tensor:
+    return F.linear(_rounded(x, op.input_block), *factors)
+
+
+def _rounded(x: Tensor, block: int) -> Tensor:
+    return round_inputs(x, block) if block else x
 
 
 def _rms_norm(op: ops.RMSNorm, frame: Frame, x: Tensor, *weight: Tensor) -> Tensor:
@@ -254,8 +258,8 @@ def _grouped(op: ops.GroupedExperts, frame: Frame, *values: Tensor) -> Tensor:
     x, index, weight, gate_up, down = values
 
     def swiglu(tokens: Tensor, expert: int) -> Tensor:
-        gate, up = F.linear(tokens, gate_up[expert]).chunk(2, -1)
-        return F.linear(F.silu(gate) * up, down[expert])
+        gate, up = F.linear(_rounded(tokens, op.input_block), gate_up[expert]).chunk(2, -1)
+        return F.linear(_rounded(F.silu(gate) * up, op.inner_block), down[expert])
 
     return semantics.map_experts(x, index, weight, gate_up.shape[0], swiglu, op.apply)
 

@@ -111,6 +111,18 @@ def _positive(scale: torch.Tensor) -> torch.Tensor:
     return torch.where(scale == 0, 1.0, scale)
 
 
+def round_inputs(x: torch.Tensor, block: int) -> torch.Tensor:
+    """f[..., K] with each block rounded to 255 steps: 127 of them are its largest element.
+
+    MatMulNBits at accuracy level 4 and llama.cpp's Q8_0 do this to what meets codes.
+    """
+    import torch
+
+    blocks = x.unflatten(-1, (-1, block))
+    scale = _positive(blocks.abs().amax(-1, keepdim=True) / 127)
+    return (torch.round(blocks / scale) * scale).flatten(-2)
+
+
 def dequantise(
     codes: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor | None, format: str
 ) -> torch.Tensor:

@@ -154,7 +154,8 @@ def quantised(b: Builder, x: Value) -> Value:
         for kind in kinds
     ]
     weight = b.add(ops.Dequantize(*parts, format=format))
-    return b.add(ops.Tanh(b.add(ops.Linear(x, weight))))
+    rounded = HALF if b.chance(50) else 0
+    return b.add(ops.Tanh(b.add(ops.Linear(x, weight, input_block=rounded))))
 
 
 def picked(b: Builder, x: Value) -> Value:

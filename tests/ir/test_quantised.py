@@ -19,6 +19,7 @@ from liquidc.ir.quantised import (
     Zeros,
     dequantise,
     pack,
+    round_inputs,
     round_to_nearest,
     unpack,
 )
@@ -161,3 +162,15 @@ def test_what_can_not_be(arguments: str, message: str) -> None:
         parse_module(
             f'module @m\nweight @c : u8[4, 2, 8] = codes(tensor("w", f32[4, 32]), {arguments})\n'
         )
+
+
+def test_inputs_are_rounded_block_by_block() -> None:
+    x = torch.randn(3, 64, generator=torch.Generator().manual_seed(0))
+    x[1, :32] = 0.0
+    got = round_inputs(x, 32).unflatten(-1, (-1, 32))
+    for block, rounded in zip(x.reshape(-1, 32), got.reshape(-1, 32), strict=True):
+        largest = np.float32(block.abs().max())
+        step = largest / np.float32(127) if largest else np.float32(1)
+        want = np.round(block.numpy() / step).astype(np.float32) * step
+        assert np.array_equal(rounded.numpy(), want)
+    assert torch.equal(round_inputs(x[:1], 32), round_inputs(x, 32)[:1])

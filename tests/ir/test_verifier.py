@@ -54,6 +54,14 @@ TEXTS = {
         GOOD.replace("%h = linear %x, %w : f32[B, 4]", "%h = linear %x, %w : f32[B, 5]"),
         "linear yields f32[B, 4], not what is declared",
     ),
+    "inputs rounded for a weight without codes": (
+        GOOD.replace("linear %x, %w", "linear %x, %w, input_block=4"),
+        "inputs are rounded where they meet codes; this weight has none",
+    ),
+    "blocks of inputs that fill no row": (
+        GOOD.replace("linear %x, %w", "linear %x, %w, input_block=3"),
+        "blocks of 3 don't fill the rows of f32[4, 4]",
+    ),
     "a dimension from nowhere": (
         GOOD.replace("  %h = linear", '  %q = broadcast %c, shape=["Q"] : bool[Q]\n  %h = linear'),
         "dimension Q is not known here",

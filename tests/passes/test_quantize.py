@@ -194,3 +194,31 @@ def test_experts_compute_with_their_rounded_weights(step: Quantize, rounded: Sta
     plain = Interpreter(parse_module(EXPERTS), Stacks()).run("f", inputs)["y"]
     assert not torch.equal(got, plain)
     assert (got - plain).norm() < 0.3 * plain.norm()
+
+
+def test_int8_dynamic_rounds_what_meets_the_weights_and_rows_have_one_scale() -> None:
+    run_pass(Quantize(scheme="int8-dynamic"), TEXT).check("""
+        CHECK: linear %x, %g :
+        CHECK: linear %x, %{{[a-z0-9_]+}}, input_block=32
+        CHECK: linear %x, %{{[a-z0-9_]+}}, input_block=32
+    """)
+    run_pass(Quantize(scheme="int8", block=-1), TEXT).check("""
+        CHECK: weight @w.codes : u8[8, 1, 64] = codes({{.*}}, "int8", 64, true)
+        CHECK: weight @w.scales : f32[8, 1]
+    """)
+    run_pass(Quantize(scheme="int8-dynamic"), GROUPED).check("""
+        CHECK: grouped_experts {{.*}}, input_block=32, inner_block=16
+    """)
+
+
+GROUPED = """
+module @m
+weight @gu : f32[4, 32, 32] = tensor("gu", f32[4, 32, 32])
+weight @d : f32[4, 32, 16] = tensor("d", f32[4, 32, 16])
+func @prefill(%x: f32[B, T, 32], %i: i64[B, T, 2], %s: f32[B, T, 2]) -> (y: f32[B, T, 32]) {
+  %gu = weight weight="gu" : f32[4, 32, 32]
+  %d = weight weight="d" : f32[4, 32, 16]
+  %y = grouped_experts %x, %i, %s, %gu, %d : f32[B, T, 32]
+  return %y
+}
+"""

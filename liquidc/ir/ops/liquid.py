@@ -7,6 +7,7 @@ which a token uses. `...` are the tokens' dimensions: [B, T], or [N] after compa
 from __future__ import annotations
 
 from liquidc.ir.core import Block, Op, Value, attribute, operand, optional, region, result, variadic
+from liquidc.ir.ops.nn import expect_blocks
 from liquidc.ir.ops.tensor import same_dtype
 from liquidc.ir.types import Dim, DType, TensorType
 
@@ -275,7 +276,9 @@ class MapExperts(Op, name="map_experts", tokenwise=True):
 class GroupedExperts(Op, name="grouped_experts", tokenwise=True):
     """All experts as one op: `down_e · (silu(gate_e x) · up_e x)`, weighted and summed.
 
-    `gate_up` [E, 2I, D] holds the gate's rows, then the up projection's; `down` [E, D, I].
+    `gate_up` [E, 2I, D] holds the gate's rows, then the up projection's; `down` [E, D, I]. With
+    `input_block` and `inner_block`, each block of so many elements of what the first product and
+    the second one read is first rounded to 8 bits.
     """
 
     x: Value = operand()
@@ -285,6 +288,8 @@ class GroupedExperts(Op, name="grouped_experts", tokenwise=True):
     down: Value = operand()
     activation: str = attribute(default="silu_glu")
     apply: str = attribute(default="output")
+    input_block: int = attribute(default=0)
+    inner_block: int = attribute(default=0)
     y: Value = result()
 
     def infer(self) -> tuple[TensorType, ...]:
@@ -293,6 +298,8 @@ class GroupedExperts(Op, name="grouped_experts", tokenwise=True):
 
     def verify(self) -> None:
         """Shapes of the weights; a known activation."""
+        expect_blocks(self.gate_up, self.input_block)
+        expect_blocks(self.down, self.inner_block)
         _check_experts(self.x, self.index, self.weight, [self.gate_up, self.down], self.apply)
         experts, width, hidden = self.gate_up.shape[0], self.x.shape[-1], self.down.shape[-1]
         if not isinstance(hidden, int):

@@ -59,12 +59,28 @@ class Dequantize(Op, name="dequantize"):
         return (TensorType(DType.F32, (*lead, blocks * self.block)),)
 
 
+def expect_blocks(weight: Value, block: int) -> None:
+    """Check in which blocks what meets `weight` [..., K] is rounded: 0 for none.
+
+    Raises:
+        ValueError: they don't fill a row, or the weight is none of few bits.
+    """
+    if block < 0 or (block and sizes(weight.shape[-1:])[0] % block):
+        raise ValueError(f"blocks of {block} don't fill the rows of {weight.type}")
+    if block and not isinstance(weight.op, Dequantize):
+        raise ValueError("inputs are rounded where they meet codes; this weight has none")
+
+
 class Linear(Op, name="linear", tokenwise=True):
-    """`x · weightᵀ + bias`: x [..., K], weight [N, K], bias [N]: [..., N]."""
+    """`x · weightᵀ + bias`: x [..., K], weight [N, K], bias [N]: [..., N].
+
+    With `input_block`, each block of so many elements of x is first rounded to 8 bits.
+    """
 
     x: Value = operand()
     weight: Value = operand()
     bias: Value | None = optional()
+    input_block: int = attribute(default=0)
     y: Value = result()
 
     def infer(self) -> tuple[TensorType, ...]:
@@ -72,6 +88,7 @@ class Linear(Op, name="linear", tokenwise=True):
         same_dtype(self.x, self.weight)
         if self.weight.type.rank != 2 or self.x.shape[-1:] != self.weight.shape[1:]:
             raise ValueError(f"{self.x.type} does not meet a weight {self.weight.type}")
+        expect_blocks(self.weight, self.input_block)
         if self.bias is not None and self.bias.shape != self.weight.shape[:1]:
             raise ValueError(f"the bias {self.bias.type} does not meet {self.weight.type}")
         return (self.x.type.with_shape(*self.x.shape[:-1], self.weight.shape[0]),)

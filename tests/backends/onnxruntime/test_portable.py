@@ -28,6 +28,11 @@ TYPES = {
     "int4, blocks of 16": TensorProto.INT4,
     "int4, zero points": TensorProto.UINT4,
     "fp8": TensorProto.FLOAT8E4M3FN,
+    "int8, rows": TensorProto.INT8,
+    "int4, rows": TensorProto.INT4,
+    "int8, rows, zero points": TensorProto.UINT8,
+    "int8-dynamic": TensorProto.INT8,
+    "int8-dynamic, rows": TensorProto.INT8,
 }
 EPSILON = float(np.finfo(np.float32).eps)
 
