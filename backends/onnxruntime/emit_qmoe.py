@@ -40,6 +40,10 @@ def qmoe(g: Graph, op: ops.GroupedExperts) -> list[str]:
         raise _refusal(
             op, f"blocks of {gate_up.block} elements are no power of two from {LEAST} on"
         )
+    if {op.input_block, op.inner_block} - {0, gate_up.block}:
+        raise _refusal(
+            op, f"what they read is rounded in other blocks than {gate_up.block} elements"
+        )
     if op.apply != "output":
         raise _refusal(op, "they weigh their inputs")
     if not _never_negative(op.weight.op):

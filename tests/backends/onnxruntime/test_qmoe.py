@@ -40,6 +40,7 @@ STEPS = {
     "int4, blocks of 16": Quantize(scheme="int4", block=16),
     "int4, zero points": Quantize(scheme="int4", symmetric=False, block=16),
     "int4, an odd number of zero points": Quantize(scheme="int4", symmetric=False),
+    "int8-dynamic": Quantize(scheme="int8-dynamic"),
 }
 STEEPEST = 1.1
 """The largest slope of silu is 1.0998."""
