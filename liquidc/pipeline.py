@@ -204,7 +204,7 @@ class _Run:
                     name,
                     lambda b=before, a=after, said=said: lossy.measure_experts(traced, b, a, said),
                 )
-            if lossy.needed:
+            if lossy.needed(traced):
                 fidelity = self._timed("measure", lambda: lossy.measure(traced, module))
                 self.statistics.facts.setdefault("fix-gates", {}).update(lossy.told)
         artifact = self._backend_stages(module)

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from liquidc import lossy, mixed
+from liquidc import facts, lossy, mixed
 from liquidc.calibrated import CalibratedSource
 from liquidc.errors import CheckFailed, InputError, InternalError
 from liquidc.fidelity import LogitMetrics
@@ -35,6 +35,8 @@ DEFAULT_MAX_KL = 0.01
 """Nats per token: on average the compiled model gives a token 0.99 of its probability."""
 OFTEN = 0.95
 """A gate is fixed to run only if it ran for this share of the tokens."""
+MEASURED = 2 * 2**30
+"""Bytes of weights that measuring may hold in memory unasked."""
 DATA_FREE = {"quantize", "quantize-cache"}
 """Lossy passes that need no text: without any, what they cost is not measured."""
 
@@ -177,13 +179,18 @@ class Lossy:
             self._budget = DEFAULT_MAX_KL
         self._read: HeldOutText | None = None
 
-    @property
-    def needed(self) -> bool:
-        """Whether there is anything to measure."""
-        lossy = [plan.name for plan in self._passes if plan.instance.contract == "lossy"]
-        if set(lossy) <= DATA_FREE and self._budget is None:
-            return bool(lossy or self._fixes_depth) and self._has_text
-        return bool(lossy)
+    def needed(self, traced: Module) -> bool:
+        """Whether there is anything to measure, and text or a budget to do it.
+
+        Measuring holds the weights in memory, as floats of 32 bits: of a large model it is done
+        only if it is asked for.
+        """
+        lossy = {plan.name for plan in self._passes if plan.instance.contract == "lossy"}
+        if lossy - DATA_FREE or (lossy and self._budget is not None):
+            return True
+        size = facts.total_bytes(expr.type for expr in traced.weights.values())
+        asked = self._options.data is not None or size <= MEASURED
+        return bool(lossy or self._fixes_depth) and self._has_text and asked
 
     @property
     def _fixes_depth(self) -> bool:

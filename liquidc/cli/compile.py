@@ -204,7 +204,7 @@ def _show_fidelity(found: dict[str, Any] | None, *, quantized: bool) -> None:
             f"{found['bits_per_byte_original']:.4f}"
         )
     elif quantized and found is None:
-        click.echo("not measured: no held-out text; give it with --data FILE")
+        click.echo("not measured on held-out text; give some with --data FILE to have it measured")
 
 
 def show_statistics(statistics: Statistics, *, as_json: bool, stderr: bool = False) -> None:

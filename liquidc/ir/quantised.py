@@ -16,6 +16,7 @@ read from the source, which must hold them under the name that `Quantised.stored
 from __future__ import annotations
 
 import hashlib
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -183,6 +184,12 @@ class Quantised(WeightExpr):
     def blocks(self) -> int:
         """Blocks in a row."""
         return self.x.sizes[-1] // self.block
+
+    @property
+    def work(self) -> int:
+        """See `WeightExpr`: rounding holds an element in about eight tensors of four bytes."""
+        elements = math.prod(self.x.sizes) / math.prod(self.sizes)
+        return math.ceil(32 * elements / self.type.dtype.bytes) * self.x.work
 
     def sources(self) -> tuple[str, ...]:
         """See `WeightExpr`."""

@@ -7,6 +7,7 @@ block and not by the tensor. The result depends neither on the size of the block
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -55,6 +56,19 @@ class WeightExpr:
     def sizes(self) -> tuple[int, ...]:
         """The shape as sizes."""
         return sizes(self.type.shape)
+
+    @property
+    def work(self) -> int:
+        """Bytes of memory that reading takes for each byte of the result, about."""
+        return max((part.work for part in self._parts()), default=1)
+
+    def _parts(self) -> Iterator[WeightExpr]:
+        """The expressions that this one is made of."""
+        for field in dataclasses.fields(self):  # pyright: ignore[reportArgumentType]
+            value: object = getattr(self, field.name)
+            for part in value if isinstance(value, tuple) else (value,):
+                if isinstance(part, WeightExpr):
+                    yield part
 
 
 def sizes(shape: Sequence[Dim]) -> tuple[int, ...]:
@@ -321,13 +335,14 @@ def evaluate(
     Args:
         expr: the weight.
         source: where its tensors are read.
-        block_bytes: upper bound of a block in bytes; one row is the least that is read.
+        block_bytes: upper bound of a block in bytes, and of what reading it takes; one row is the
+            least that is read.
     """
     shape = expr.sizes
     if not shape:
         yield expr.read(source, ())
         return
-    row = expr.type.dtype.bytes
+    row = expr.type.dtype.bytes * expr.work
     for size in shape[1:]:
         row *= size
     step = max(1, block_bytes // max(row, 1))

@@ -136,7 +136,7 @@ def test_without_text_the_codes_are_written_and_nothing_is_claimed(
     out = tmp_path / "engine"
     result = call("compile", bare_model, "-o", out, "--target", "null", "--quantize", "int8")
     assert result.exit_code == 0, result.stderr
-    assert "not measured: no held-out text" in result.stdout
+    assert "not measured on held-out text" in result.stdout
     assert json.loads((out / MANIFEST).read_bytes()).get("fidelity") is None
     common = (bare_model, "-o", tmp_path / "no", "--target", "null")
     refused(
@@ -170,3 +170,14 @@ def test_a_calibrated_compile_tells_tokens_and_what_they_did_not_reach(
     common = (model_directory, "-o", tmp_path / "no", "--target", "null", *scheme)
     refused(2, "give it with --calibration FILE", *common)
     refused(2, "calibrate on other text", *common, "--calibration", held_out)
+
+
+def test_a_large_model_is_measured_only_if_asked(
+    model_directory: Path, held_out: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Measuring holds all weights in memory; a compile has a bound on it."""
+    monkeypatch.setattr("liquidc.specialize.MEASURED", 1000)
+    unasked = build(model_directory, tmp_path / "a", "--quantize", "int8")
+    assert unasked.get("fidelity") is None
+    asked = build(model_directory, tmp_path / "b", "--quantize", "int8", "--data", held_out)
+    assert asked["fidelity"]["tokens"] == 256
