@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -23,6 +24,8 @@ from safetensors.torch import save_file
 from liquidc.frontend.config import DepthGateConfig, LiquidConfig
 from liquidc.frontend.model import LiquidForCausalLM
 from liquidc.measure import machine
+
+SAMPLES = Path(__file__).resolve().parent.parent / "samples"
 
 
 def eight_billion(layers: int) -> LiquidConfig:
@@ -85,6 +88,9 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         ]
         if options.quantize:
             command += ["--quantize", options.quantize]
+        if "gptq" in options.quantize:
+            shutil.copy(SAMPLES / "tiny-liquid" / "tokenizer.json", model)
+            command += ["--calibration", SAMPLES / "corpus.txt"]
         done = subprocess.run(
             list(map(str, command)), stdout=subprocess.PIPE, text=True, check=True
         )

@@ -22,7 +22,7 @@ from liquidc.tokenizer import Tokenizer
 WINDOW = 256
 """Tokens that are run at a time, from an empty cache."""
 MOST = 64
-"""Windows that are run; they are spread evenly over the text."""
+"""Windows that are run, unless more are asked for."""
 Report = Callable[[str, int, int], None]
 """Told what is under way, how much is done and how much there is."""
 
@@ -41,9 +41,13 @@ class HeldOutText:
 
 
 def read_text(
-    path: Path, tokenizer: Tokenizer | None, context: int | None, profile: Profile | None
+    path: Path,
+    tokenizer: Tokenizer | None,
+    context: int | None,
+    profile: Profile | None,
+    most: int = MOST,
 ) -> HeldOutText:
-    """Held-out text in windows.
+    """Held-out text in at most so many windows, spread evenly over it.
 
     Raises:
         InputError: it can't be read, is too short, or the profile was made with it.
@@ -65,7 +69,7 @@ def read_text(
     if len(places) < 2:
         raise InputError(f"{path}: {len(ids)} tokens; at least {2 * size} are needed")
     chosen = (
-        [places[i * len(places) // MOST] for i in range(MOST)] if len(places) > MOST else places
+        [places[i * len(places) // most] for i in range(most)] if len(places) > most else places
     )
     ends = [*starts, len(data)]
     return HeldOutText(

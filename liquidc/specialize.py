@@ -17,7 +17,7 @@ from liquidc import facts, lossy, mixed
 from liquidc.calibrated import CalibratedSource
 from liquidc.errors import CheckFailed, InputError, InternalError
 from liquidc.fidelity import LogitMetrics
-from liquidc.heldout import HeldOutText, Report, Scorer, read_text
+from liquidc.heldout import MOST, HeldOutText, Report, Scorer, read_text
 from liquidc.inputs import ModelInput
 from liquidc.ir import Module
 from liquidc.ir.rewriter import Statistics
@@ -37,6 +37,8 @@ OFTEN = 0.95
 """A gate is fixed to run only if it ran for this share of the tokens."""
 MEASURED = 2 * 2**30
 """Bytes of weights that measuring may hold in memory unasked."""
+CALIBRATED = 256
+"""Windows of text to calibrate on, as far as memory allows."""
 DATA_FREE = {"quantize", "quantize-cache"}
 """Lossy passes that need no text: without any, what they cost is not measured."""
 
@@ -293,7 +295,7 @@ class Lossy:
         path = self._options.calibration
         if path is None:
             raise InputError("gptq calibrates on text: give it with --calibration FILE")
-        text = self._windows(traced, path, None)
+        text = self._windows(traced, path, None, CALIBRATED)
         if self._has_text and self._text(traced).sha256 == text.sha256:
             raise InputError(f"{path}: the compile is measured on it; calibrate on other text")
         return Calibration(text.windows, text.sha256, source, source, self._report)
@@ -312,7 +314,9 @@ class Lossy:
             self._read = self._windows(traced, path, self._context.profile)
         return self._read
 
-    def _windows(self, traced: Module, path: Path, profile: Profile | None) -> HeldOutText:
+    def _windows(
+        self, traced: Module, path: Path, profile: Profile | None, most: int = MOST
+    ) -> HeldOutText:
         origin = self._model.origin
         tokenizer = None if origin is None else origin / "tokenizer.json"
         context = traced.attributes.get("max_positions")
@@ -321,4 +325,5 @@ class Lossy:
             Tokenizer(tokenizer) if tokenizer is not None and tokenizer.exists() else None,
             context if isinstance(context, int) else None,
             profile,
+            most,
         )

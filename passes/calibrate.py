@@ -8,14 +8,16 @@ memory while one op needs them; what was made is written to the store at once.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 import torch
 import torch.nn.functional as F
 
+from liquidc.errors import InputError
 from liquidc.ir import Block, Function, Module, Op, Value, ops, semantics
 from liquidc.ir.interpreter import Frame, Interpreter, first_call
 from liquidc.ir.quantised import (
@@ -32,8 +34,14 @@ from liquidc.passes.gptq import gptq, inverse_factor
 
 LEAST = 32
 """A weight that fewer tokens reach is rounded to the nearest: they say little of its inputs."""
-WIDEST = 8192
-"""So is a weight with longer rows: H and its factors would take over 1.5 GB."""
+WIDEST = 6144
+"""So is a weight with longer rows: H and its factors would take over 0.9 GB."""
+ACTIVATIONS = 10**9
+"""Bytes that what all windows computed may take; fewer are run if it would be more."""
+FEWEST = 4
+"""Windows below which nothing is calibrated."""
+LIVE = 2
+"""Values as wide as the widest that are alive at a time, about."""
 TOGETHER = 8
 """Windows that are run at a time."""
 ROWS = 4096
@@ -84,18 +92,43 @@ class Reached:
 
 def calibrate(
     module: Module, grids: Mapping[str, Grid], calibration: Calibration
-) -> dict[str, Reached]:
+) -> tuple[dict[str, Reached], int]:
     """Round the weights that `grids` names; codes, scales and zero points go to the store.
 
     Computes on one thread, so that its sums do not depend on how many there are.
 
     Returns:
-        By name of the weight; a weight that the main function does not use is missing.
+        By name of the weight, without those that the main function does not use; and how many
+        tokens were run.
+
+    Raises:
+        InputError: too little text fits into the memory that a compile may take.
     """
+    main = next(iter(module.functions.values()))
+    tokens = len(calibration.windows[0])
+    each = LIVE * 4 * tokens * _widest(main)
+    count = min(len(calibration.windows), ACTIVATIONS // each)
+    if count < min(FEWEST, len(calibration.windows)):
+        raise InputError(
+            f"to calibrate on {FEWEST} windows of {tokens} tokens takes {FEWEST * each / 1e9:.1f} "
+            f"GB of memory, more than the {ACTIVATIONS / 1e9:.1f} GB that it may: use "
+            "method=nearest, or mixed"
+        )
     with _one_thread():
-        run = _Run(module, grids, calibration)
-        run.main(next(iter(module.functions.values())))
-    return run.reached
+        run = _Run(module, grids, replace(calibration, windows=calibration.windows[:count]))
+        run.main(main)
+    return run.reached, count * tokens
+
+
+def _widest(function: Function) -> int:
+    """Elements that one token has in the largest value, the logits apart."""
+    sizes = [
+        math.prod(dim for dim in value.shape if isinstance(dim, int))
+        for op in function.body.walk()
+        for value in op.results
+        if value.shape[:2] == ("B", "T")
+    ]
+    return max(sizes, default=1)
 
 
 @contextmanager

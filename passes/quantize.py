@@ -95,11 +95,8 @@ class Quantize(Pass):
                 raise InputError("gptq calibrates on text: give it with --calibration FILE")
             from liquidc.passes.calibrate import calibrate
 
-            reached = calibrate(module, grids, context.calibration)
-            told.calibration = {
-                "data": context.calibration.data,
-                "tokens": sum(map(len, context.calibration.windows)),
-            }
+            reached, tokens = calibrate(module, grids, context.calibration)
+            told.calibration = {"data": context.calibration.data, "tokens": tokens}
         for place in places:
             method = self.method if place.weight in reached else "nearest"
             types = _quantise(module, place, method)

@@ -176,3 +176,15 @@ def test_without_text_or_the_codes_there_is_a_clear_error(tmp_path: Path) -> Non
         materialize(module.weights["gated.codes"], fresh)
     with pytest.raises(InputError, match="method is nearest, gptq, not 'awq'"):
         Quantize(method="awq")
+
+
+def test_as_many_windows_are_run_as_memory_allows(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    widest = 2 * 4 * 32 * 40  # two values of 32 floats for the 40 tokens of a window
+    monkeypatch.setattr("liquidc.passes.calibrate.ACTIVATIONS", 5 * widest)
+    _, statistics, _ = run(tmp_path)
+    assert statistics.facts["quantize"]["calibration"]["tokens"] == 5 * 40
+    monkeypatch.setattr("liquidc.passes.calibrate.ACTIVATIONS", 3 * widest)
+    with pytest.raises(InputError, match="to calibrate on 4 windows of 40 tokens takes"):
+        run(tmp_path)
