@@ -88,11 +88,18 @@ class Scorer:
 
     def logits(self, ids: Sequence[int], force: Sequence[int] = ()) -> NDArray[np.float32]:
         """f32[T, V]; `force` as `gate_force`."""
+        return self.decided(ids, force)[0]
+
+    def decided(
+        self, ids: Sequence[int], force: Sequence[int] = ()
+    ) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
+        """The same, and bool[G, T], the gates' decisions."""
         inputs = first_call(self._args, ids)
         inputs["logit_index"] = torch.arange(len(ids))[None]
         if force:
             inputs["gate_force"] = torch.tensor(list(force), dtype=torch.int8)
-        return self._interpreter.run("prefill", inputs)["logits"][0].numpy()
+        found = self._interpreter.run("prefill", inputs)
+        return found["logits"][0].numpy(), found["gates"][:, 0].numpy()
 
     @contextmanager
     def replaced(self, weights: Mapping[str, torch.Tensor]) -> Generator[None]:

@@ -101,7 +101,9 @@ def choose_gates(
 def measure(
     before: Module, after: Module, source: WeightSource, text: HeldOutText, report: Report
 ) -> dict[str, Any]:
-    """What a lossy compile changed: KL(before || after), top-1 agreement, bits per byte.
+    """What a lossy compile changed: KL(before || after), top-1, bits per byte, decisions.
+
+    Both run freely: a decision that differs changes what later layers see.
 
     Args:
         before: the model after exact passes only.
@@ -111,10 +113,13 @@ def measure(
         report: told about the progress.
     """
     old, new, metrics = Scorer(before, source), Scorer(after, source), LogitMetrics()
+    decisions = flips = 0
     for number, (window, size) in enumerate(zip(text.windows, text.bytes, strict=True)):
         report("windows", number, len(text.windows))
-        theirs, ours = old.logits(window), new.logits(window)
+        (theirs, wanted), (ours, made) = old.decided(window), new.decided(window)
         metrics.add(ours, theirs)
+        decisions += wanted.size
+        flips += int((wanted != made).sum())
         targets = np.array(window[1:], np.int64)
         metrics.add_text(ours[:-1], theirs[:-1], targets, size)
     report("windows", len(text.windows), len(text.windows))
@@ -126,6 +131,7 @@ def measure(
         "top1_agreement": found["top1_agreement"],
         "bits_per_byte": found["bits_per_byte"],
         "bits_per_byte_original": found["bits_per_byte_reference"],
+        "gate_flips": flips / decisions if decisions else 0.0,
     }
 
 

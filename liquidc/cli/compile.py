@@ -201,7 +201,8 @@ def _show_fidelity(found: dict[str, Any] | None, *, quantized: bool) -> None:
         click.echo(
             f"on {found['tokens']} held-out tokens: KL {found['kl_nats']:.3g} nats, top-1 "
             f"{found['top1_agreement']:.2%}, bits per byte {found['bits_per_byte']:.4f} against "
-            f"{found['bits_per_byte_original']:.4f}"
+            f"{found['bits_per_byte_original']:.4f}, gates decide otherwise "
+            f"{found['gate_flips']:.2%} of the time"
         )
     elif quantized and found is None:
         click.echo("not measured on held-out text; give some with --data FILE to have it measured")

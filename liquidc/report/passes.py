@@ -13,6 +13,7 @@ _MEASURED = {
     "top1_agreement": "tokens whose most probable next token is the same",
     "bits_per_byte": "bits per byte of text",
     "bits_per_byte_original": "bits per byte of the model",
+    "gate_flips": "decisions of gates that differ",
     "tokens": "tokens measured on",
     "data": "text (sha256)",
 }
