@@ -8,7 +8,7 @@ PROMPT ?= The with statement
 JOBS ?= 2
 export TORCH_CPP_LOG_LEVEL = ERROR
 
-.PHONY: help demo test test-slow lint format bench train-sample clean
+.PHONY: help demo test test-slow lint format bench bench-llama train-sample clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## */\t/' | expand -t 16
@@ -44,6 +44,10 @@ format: $(VENV)/installed ## let ruff rewrite the code
 
 bench: $(VENV)/installed ## how decode time follows the layers that run
 	$(BIN)/python bench/decode_depth.py
+
+bench-llama: $(VENV)/installed ## decoding at 4 and 8 bits beside llama.cpp, which is compiled first
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[llama]'
+	$(BIN)/python bench/beside_llama.py
 
 train-sample: $(VENV)/installed ## train samples/tiny-liquid anew (20 minutes)
 	$(BIN)/python samples/train_tiny.py --force
