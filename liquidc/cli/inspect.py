@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -105,6 +106,7 @@ def _show(engine: Path, manifest: Manifest, report: dict[str, Any] | None) -> No
         ],
         ["passes", ", ".join(p.name for p in manifest.passes) or "none"],
     ]
+    facts += [[name, text] for name, text in _few_bits(manifest)]
     table("", ["", ""], facts, right=9)
     _show_layers(manifest)
     if report is not None and report["profile"]:
@@ -121,6 +123,27 @@ def _show(engine: Path, manifest: Manifest, report: dict[str, Any] | None) -> No
         )
     rows = [[name, f"{info.bytes:,}", info.sha256] for name, info in sorted(manifest.files.items())]
     table("", ["file", "bytes", "sha256"], rows)
+
+
+def _few_bits(manifest: Manifest) -> list[tuple[str, str]]:
+    """What is quantised, and what that cost on held-out text."""
+    told = next((p.facts for p in manifest.passes if p.name == "quantize" and p.facts), None)
+    if told is None:
+        return []
+    schemes = Counter(entry["scheme"] for entry in told["weights"].values())
+    before, after = (
+        sum(entry[key] for entry in told["weights"].values()) for key in ("bytes_float", "bytes")
+    )
+    each = [f"{count} of {scheme}" for scheme, count in sorted(schemes.items())]
+    each.append(f"{len(told['kept'])} in float")
+    text = f"{', '.join(each)}; {bytes_text(before)} → {bytes_text(after)}"
+    rows = [("weights", text)]
+    found = manifest.fidelity
+    if found is not None and "kl_nats" in found:
+        bits = (f"{found[key]:.4f}" for key in ("bits_per_byte", "bits_per_byte_original"))
+        text = f"KL {found['kl_nats']:.3g} nats, top-1 {found['top1_agreement']:.2%}, "
+        rows.append(("measured", f"{text}bits per byte {' against '.join(bits)}"))
+    return rows
 
 
 def _show_layers(manifest: Manifest) -> None:

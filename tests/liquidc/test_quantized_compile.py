@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -181,3 +182,12 @@ def test_a_large_model_is_measured_only_if_asked(
     assert unasked.get("fidelity") is None
     asked = build(model_directory, tmp_path / "b", "--quantize", "int8", "--data", held_out)
     assert asked["fidelity"]["tokens"] == 256
+
+
+def test_inspect_says_what_is_quantised_and_what_it_cost(
+    model_directory: Path, held_out: Path, tmp_path: Path
+) -> None:
+    build(model_directory, tmp_path / "e", "--quantize", "int4{block=16}", "--data", held_out)
+    shown = call("inspect", tmp_path / "e").stdout
+    assert re.search(r"weights\s+16 of int4, 1 of int8, 8 in float; [\d.]+ kB → [\d.]+ kB", shown)
+    assert re.search(r"measured\s+KL [\d.e-]+ nats, top-1 [\d.]+%, bits per byte", shown)
