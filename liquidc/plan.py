@@ -33,7 +33,8 @@ class CompileOptions:
         specialize: "exact" adds what the profile suggests and changes no result; "budget" also
             fixes gates as far as `max_kl` allows.
         quantize: scheme of the weights, with options of the pass `quantize`: `int4{block=64}`.
-        calibration: text to calibrate on, as `quantize{method=gptq}` does.
+        quantize_cache: scheme of keys and values, `int8`.
+        calibration: text to calibrate on, as `quantize{method=gptq}` and `quantize-cache` do.
         portable_weights: dequantise codes by an operator of the ONNX standard.
         fused_experts: make the experts of a layer one operator, which hides which of them ran.
         recipe: file that names a scheme for each weight, for `quantize="mixed"`.
@@ -55,6 +56,7 @@ class CompileOptions:
     machine: Path | None = None
     specialize: str = ""
     quantize: str = ""
+    quantize_cache: str = ""
     portable_weights: bool = False
     fused_experts: bool = False
     calibration: Path | None = None
@@ -144,11 +146,12 @@ def _pass_names(options: CompileOptions, backend: Backend) -> tuple[str, ...]:
         added.append("specialize-depth")
     if options.specialize == "budget":
         added += ["fix-gates", "eliminate-dead"]
-    if options.quantize:
+    asked = {"quantize-cache": options.quantize_cache, "quantize": options.quantize}
+    if quantising := [_scheme(name, text) for name, text in asked.items() if text]:
         # Before a layer's conditional becomes a mask or its tokens are compacted: which tokens run
         # a layer is then still to be seen, and what lowering is best depends on the bytes to read.
         at = names.index("fuse-linear") + 1 if "fuse-linear" in names else len(names)
-        names = (*names[:at], _quantize(options.quantize), *names[at:])
+        names = (*names[:at], *quantising, *names[at:])
         names = names if "eliminate-dead" in names[at:] else (*names, "eliminate-dead")
     if not added:
         return names
@@ -157,8 +160,8 @@ def _pass_names(options: CompileOptions, backend: Backend) -> tuple[str, ...]:
     return (*names[:at], *added, *names[at:])
 
 
-def _quantize(text: str) -> str:
+def _scheme(name: str, text: str) -> str:
     """The pass for a scheme with options, `int4{block=64}`."""
     scheme, brace, rest = text.partition("{")
     options = rest.removesuffix("}")
-    return f"quantize{{scheme={scheme}{',' if brace and options else ''}{options}}}"
+    return f"{name}{{scheme={scheme}{',' if brace and options else ''}{options}}}"

@@ -24,8 +24,8 @@ from liquidc.ir.rewriter import Statistics
 from liquidc.ir.weights import WeightSource
 from liquidc.mixed import Recipe, read_recipe
 from liquidc.passes.base import PassContext
-from liquidc.passes.calibrate import Calibration
 from liquidc.passes.quantize import MIXED, Quantize
+from liquidc.passes.stream import Calibration
 from liquidc.passplan import PassPlan, plan_passes, run_passes
 from liquidc.plan import CompileOptions
 from liquidc.profile import Profile
@@ -39,8 +39,8 @@ MEASURED = 2 * 2**30
 """Bytes of weights that measuring may hold in memory unasked."""
 CALIBRATED = 256
 """Windows of text to calibrate on, as far as memory allows."""
-DATA_FREE = {"quantize", "quantize-cache"}
-"""Lossy passes that need no text: without any, what they cost is not measured."""
+UNASKED = {"quantize", "quantize-cache"}
+"""Lossy passes that need no held-out text: without any, what they cost is not measured."""
 
 
 def choose_gates(
@@ -194,7 +194,7 @@ class Lossy:
         only if it is asked for.
         """
         lossy = {plan.name for plan in self._passes if plan.instance.contract == "lossy"}
-        if lossy - DATA_FREE or (lossy and self._budget is not None):
+        if lossy - UNASKED or (lossy and self._budget is not None):
             return True
         size = facts.total_bytes(expr.type for expr in traced.weights.values())
         asked = self._options.data is not None or size <= MEASURED
@@ -290,7 +290,9 @@ class Lossy:
     @property
     def calibrates(self) -> bool:
         """Whether a pass needs text to calibrate on."""
-        return any(plan.options.get("method") == "gptq" for plan in self._passes)
+        names = {plan.name for plan in self._passes}
+        methods = {plan.options.get("method") for plan in self._passes}
+        return "gptq" in methods or "quantize-cache" in names
 
     def calibration(self, traced: Module, source: CalibratedSource) -> Calibration:
         """What passes calibrate with.
@@ -300,7 +302,7 @@ class Lossy:
         """
         path = self._options.calibration
         if path is None:
-            raise InputError("gptq calibrates on text: give it with --calibration FILE")
+            raise InputError("passes of this compile calibrate on text: give --calibration FILE")
         text = self._windows(traced, path, None, CALIBRATED)
         if self._has_text and self._text(traced).sha256 == text.sha256:
             raise InputError(f"{path}: the compile is measured on it; calibrate on other text")

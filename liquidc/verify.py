@@ -55,9 +55,11 @@ class Thresholds:
 
     @classmethod
     def of(cls, manifest: Manifest) -> Thresholds:
-        """What an engine must keep: less if its weights have few bits."""
+        """What an engine must keep: less if its weights or its cache have few bits."""
         told = next((p.facts for p in manifest.passes if p.name == "quantize" and p.facts), {})
         schemes = {weight["scheme"] for weight in told.get("weights", {}).values()}
+        if any(p.name == "quantize-cache" for p in manifest.passes):
+            schemes.add("int8")
         return next((BY_SCHEME[name] for name in BY_SCHEME if name in schemes), cls())
 
     def failures(self, metrics: dict[str, Any]) -> list[str]:

@@ -13,9 +13,9 @@ from dataclasses import dataclass, replace
 import torch
 
 from liquidc.backends.base import StoredWeight
-from liquidc.ir.quantised import Codes, Quantised, Scales, Zeros, dequantise
+from liquidc.ir.quantised import CALIBRATED, Codes, Quantised, Scales, Zeros, dequantise
 from liquidc.ir.weight_maths import Take, Xor
-from liquidc.ir.weights import Select, WeightExpr, WeightSource, evaluate
+from liquidc.ir.weights import Select, Stored, WeightExpr, WeightSource, evaluate
 
 FARTHEST = {"int8": 0.03, "e4m3": 0.06, "int4": 0.25}
 """Bounds of ‖w' − w‖ / ‖w‖ by format.
@@ -55,6 +55,8 @@ def check_weights(stored: Mapping[str, StoredWeight], source: WeightSource) -> l
         if isinstance(kind, Codes):
             error = _far(weight, kind, flipped, parts, source)
             found.append(Finding(name, kind.format, error, FARTHEST[kind.format]))
+        elif isinstance(kind, Stored) and kind.name.startswith(CALIBRATED):
+            found.append(Finding(name, "scale", _no_scale(weight), 0.0))
         elif not isinstance(kind, Quantised):
             found.append(Finding(name, str(weight.expr.type.dtype), _differs(weight, source), 0.0))
     return found
@@ -102,6 +104,12 @@ def _far(
         apart += float((got.double() - block.double()).square().sum())
         size += float(block.double().square().sum())
     return (apart / size) ** 0.5 if size else float(apart > 0)
+
+
+def _no_scale(weight: StoredWeight) -> float:
+    """0 if all elements could be a cache's scales, which no checkpoint holds, else 1."""
+    read = weight.read(0, weight.expr.sizes[0])
+    return float(not bool(((read > 0) & read.isfinite()).all()))
 
 
 def _differs(weight: StoredWeight, source: WeightSource) -> float:

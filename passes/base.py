@@ -14,7 +14,7 @@ from liquidc.machine import MachineTable
 from liquidc.profile import Profile
 
 if TYPE_CHECKING:
-    from liquidc.passes.calibrate import Calibration
+    from liquidc.passes.stream import Calibration
 
 
 def _no_expert_regions(module: Module) -> bool:

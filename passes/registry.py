@@ -20,6 +20,7 @@ from liquidc.passes.merge_experts import MergeExperts
 from liquidc.passes.order_experts import OrderExperts
 from liquidc.passes.prune_experts import PruneExperts
 from liquidc.passes.quantize import Quantize
+from liquidc.passes.quantize_cache import QuantizeCache
 from liquidc.passes.specialize_decode import SpecializeDecode
 from liquidc.passes.specialize_depth import SpecializeDepth
 from liquidc.passes.stack_experts import StackExperts
@@ -44,6 +45,7 @@ PASSES: dict[str, type[Pass]] = {
         OrderExperts,
         PruneExperts,
         Quantize,
+        QuantizeCache,
         SpecializeDecode,
         SpecializeDepth,
         StackExperts,

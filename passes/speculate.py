@@ -227,7 +227,8 @@ class _Straight(dict[Value, Value]):
                 values.append(tried.results[at])
             else:
                 cache, length = self._outer(appended.cache), self._outer(appended.length)
-                new = ops.Append(cache, tried.results[at], length, valid)
+                scale = appended.scale and self._outer(appended.scale)
+                new = ops.Append(cache, tried.results[at], length, valid, scale)
                 values.append(block.append(new).y)
         block.append(ops.Yield(values))
         return block

@@ -87,12 +87,13 @@ class ArmRows:
         """Something that does not go by token: a cache, a weight, a constant."""
         op = cast(Op, value.op)
         if isinstance(op, ops.Append):
+            if op.mask is not self.mask:
+                return self.emit(op.clone({v: self.dense(v) for v in op.operands})).y
+            on = self.side(True)
             cache, length = self.dense(op.cache), self.dense(op.length)
-            if op.mask is self.mask:
-                on = self.side(True)
-                new = ops.AppendRows(cache, on.row(op.new), on.rows, length, self.mask)
-                return self.emit(new).y
-            return self.emit(ops.Append(cache, self.dense(op.new), length, self.dense(op.mask))).y
+            scale = op.scale and self.dense(op.scale)
+            new = ops.AppendRows(cache, on.row(op.new), on.rows, length, self.mask, scale)
+            return self.emit(new).y
         self.rw.check(not op.regions and len(op.results) == 1, f"{op.op_name} is not understood")
         mapping = {v: self.dense(v) for v in op.operands}
         return self.emit(op.clone(mapping)).results[0]
@@ -172,6 +173,8 @@ class Side(KnownMask):
                     limit,
                     self.rows,
                     self.token_mask,
+                    op.key_scale and arm.dense(op.key_scale),
+                    op.value_scale and arm.dense(op.value_scale),
                     scale=op.scale,
                     loc=op.loc,
                 )

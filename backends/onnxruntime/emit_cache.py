@@ -8,14 +8,17 @@ TensorScatter and attends under a mask made from the limits.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
 from liquidc.backends.onnxruntime.emit_tensor import Emit
 from liquidc.backends.onnxruntime.graph import ELEMENT, Graph
+from liquidc.errors import UnsupportedError
 from liquidc.ir import DType, Op, Value, ops
 from liquidc.ir.weights import sizes
 
+I8 = ELEMENT[DType.I8]
 I32 = ELEMENT[DType.I32]
 I64 = ELEMENT[DType.I64]
 Appending = ops.Append | ops.AppendRows
@@ -152,7 +155,7 @@ def append(g: Graph, op: Appending) -> list[str]:
     elif not is_prefix(op.mask):
         picked = g.op("GatherND", [new, ragged(g, op.mask).rows])
         new = pad(g, picked, op.mask, [kv, width])
-    new = g.op("Transpose", [new], perm=[0, 2, 1, 3])
+    new = _stored(g, g.op("Transpose", [new], perm=[0, 2, 1, 3]), op.scale)
     wanted = g.wanted.get(op.y)
     outputs = [wanted] if wanted else None
     inputs = [g.name(op.cache), new, g.name(op.length)]
@@ -174,8 +177,26 @@ def is_passing(op: Appending) -> bool:
 def _with_one_more(g: Graph, op: Appending) -> str:
     """The entries before, and the new one."""
     before = g.op("Slice", [g.name(op.cache), g.const([0]), g.name(op.length), g.const([2])])
-    new = g.op("Transpose", [g.name(op.new)], perm=[0, 2, 1, 3])
+    new = _stored(g, g.op("Transpose", [g.name(op.new)], perm=[0, 2, 1, 3]), op.scale)
     return g.op("Concat", [before, new], axis=2)
+
+
+def _stored(g: Graph, new: str, scale: Value | None) -> str:
+    """Entries [B, KV, T, hd] as a cache holds them: floats, or codes of a scale."""
+    if scale is None:
+        return new
+    steps = g.op("Round", [g.op("Div", [new, _scale(g, scale)])])
+    bounds = [g.const(value, np.float32) for value in (-128, 127)]
+    return g.op("Cast", [g.op("Clip", [steps, *bounds])], to=I8)
+
+
+def _scale(g: Graph, scale: Value) -> str:
+    """A weight [KV, hd] that meets caches, [1, KV, 1, hd]."""
+    if not isinstance(scale.op, ops.Weight):
+        raise UnsupportedError(f"onnxruntime: the scale %{scale.name} of a cache is computed")
+    name, expr = g.weight_expr(scale.op.weight)
+    heads, width = expr.sizes
+    return g.view(f"{name}.channels", expr, ELEMENT[DType.F32], [1, heads, 1, width])
 
 
 def attend(g: Graph, op: ops.Attend | ops.AttendRows) -> list[str]:
@@ -197,6 +218,11 @@ def attend(g: Graph, op: ops.Attend | ops.AttendRows) -> list[str]:
     else:
         bounds = [g.const([0]), most, g.const([2])]
         keys, values = (g.op("Slice", [name, *bounds]) for name in (keys, values))
+    if op.key_scale is not None and op.value_scale is not None:
+        keys, values = (
+            g.op("Mul", [g.op("Cast", [codes], to=ELEMENT[DType.F32]), _scale(g, scale)])
+            for codes, scale in ((keys, op.key_scale), (values, op.value_scale))
+        )
     slots = g.op("Range", [g.const(0), g.op("Squeeze", [most, g.const([0])]), g.const(1)])
     limits = g.op("Unsqueeze", [limit, g.const([1, 3])])
     mask = g.op("Less", [slots, limits])
@@ -237,7 +263,13 @@ def _with_append(g: Graph, op: ops.Attend | ops.AttendRows) -> str:
     last = g.op("Sub", [g.op("Add", [start, count]), g.const(1, np.int32)])
     last = g.op("Max", [last, g.const(0, np.int32)])
     capacity = g.op("Squeeze", [g.op("Cast", [g.size(key.cache.shape[2])], to=I32), g.const([0])])
-    inputs += [g.name(key.cache), g.name(value.cache), last, capacity, *[""] * 9, count]
+    scales = [(scale and _scale(g, scale)) or "" for scale in (key.scale, value.scale)]
+    inputs += [g.name(key.cache), g.name(value.cache), last, capacity]
+    inputs += [*[""] * 5, *scales, *[""] * 2, count]
+    codes: dict[str, Any] = {}
+    if all(scales):
+        codes = dict.fromkeys(("k_quant_type", "v_quant_type"), "PER_CHANNEL")
+        codes["kv_cache_bit_width"] = 8
     caches = [
         g.wanted.get(a.y) or g.shared.unique(f"{g.prefix}/{n}")
         for a, n in ((key, "key"), (value, "value"))
@@ -250,6 +282,7 @@ def _with_append(g: Graph, op: ops.Attend | ops.AttendRows) -> str:
         num_heads=heads,
         kv_num_heads=kv,
         scale=op.scale,
+        **codes,
     )
     g.names[key.y], g.names[value.y] = caches
     if compact:

@@ -16,7 +16,9 @@ import onnxruntime as ort
 from numpy.typing import NDArray
 
 from liquidc.backends.base import Arrays, Cache, Guard, Runner, RunnerOptions, Trace, path_gates
+from liquidc.backends.onnxruntime.graph import NUMPY
 from liquidc.errors import InternalError
+from liquidc.ir import DType
 
 if TYPE_CHECKING:
     from liquidc.manifest import Manifest
@@ -40,8 +42,9 @@ class OrtCache:
         for name, buffer in self.buffers.items():
             rows, heads, slots, width = buffer.shape()
             if most > slots:
-                larger = np.zeros((rows, heads, most, width), np.float32)
-                larger[:, :, :slots] = buffer.numpy()
+                old = buffer.numpy()
+                larger = np.zeros((rows, heads, most, width), old.dtype)
+                larger[:, :, :slots] = old
                 self.buffers[name] = ort.OrtValue.ortvalue_from_numpy(larger)
 
     @property
@@ -97,9 +100,9 @@ class OrtRunner(Runner):
             return OrtCache(batch, capacity, {}, np.zeros((0, batch), np.int64))
         named = {"B": batch, "S": capacity}
         shape = [dim if isinstance(dim, int) else named[dim] for dim in info.shape]
+        dtype = NUMPY[DType(info.dtype)]
         buffers = {
-            name: ort.OrtValue.ortvalue_from_numpy(np.zeros(shape, np.float32))
-            for name in info.buffers
+            name: ort.OrtValue.ortvalue_from_numpy(np.zeros(shape, dtype)) for name in info.buffers
         }
         return OrtCache(batch, capacity, buffers, np.zeros((info.layers, batch), np.int64))
 

@@ -22,6 +22,7 @@ Examples:
   liquidc compile model -o engine --dry-run
   liquidc compile model -o engine --quantize "int4{method=gptq}" --calibration text.txt
   liquidc compile model -o engine --quantize mixed --target-size 400MB
+  liquidc compile model -o engine --quantize-cache int8 --calibration text.txt
   liquidc compile model -o engine --profile profile.json --specialize budget --max-kl 0.01
   liquidc compile model -o engine --profile profile.json --add-pass "prune-experts{ratio=0.25}"
   liquidc compile model -o engine --dump-dir stages --verify-each --stats
@@ -47,10 +48,14 @@ Examples:
     "--quantize", default="", metavar="SCHEME", help="int8, int4, fp8 or mixed; int4{block=64}."
 )
 @click.option(
+    "--quantize-cache", default="", metavar="SCHEME", help="Keys and values in few bits: int8."
+)
+@click.option(
     "--calibration",
     type=click.Path(path_type=Path),
     metavar="FILE",
-    help="Text to calibrate on, for --quantize int4{method=gptq}; not the held-out one.",
+    help="Text to calibrate on, for --quantize int4{method=gptq} and --quantize-cache; "
+    "not the held-out one.",
 )
 @click.option(
     "--target-size",
@@ -98,6 +103,7 @@ def command(
     data: Path | None,
     profile: Path | None,
     quantize: str,
+    quantize_cache: str,
     portable_weights: bool,
     fused_experts: bool,
     calibration: Path | None,
@@ -131,6 +137,7 @@ def command(
         add=add_pass,
         profile=profile,
         quantize=quantize,
+        quantize_cache=quantize_cache,
         portable_weights=portable_weights,
         fused_experts=fused_experts,
         calibration=calibration,

@@ -276,10 +276,10 @@ class Op(_Signature):
         Args:
             mapping: old value → new value; values that it lacks stay as they are.
             reinfer: compute the result types anew instead of copying them.
-            changes: attributes to change, by name.
+            changes: attributes and operands to change, by name.
         """
         mapping = {} if mapping is None else mapping
-        given: dict[str, Any] = {**self.attributes, **changes}
+        given: dict[str, Any] = dict(self.attributes)
         for f in self.fields:
             if f.name in self.segments:
                 values = [mapping.get(v, v) for v in self.operands[self.segments[f.name]]]
@@ -287,7 +287,7 @@ class Op(_Signature):
             elif f.name in self.regions:
                 given[f.name] = self.regions[f.name].clone(mapping, reinfer=reinfer)
         types = None if reinfer and self.infers() else [v.type for v in self.results]
-        copy = type(self)(**given, loc=self.loc, result_types=types)
+        copy = type(self)(**(given | changes), loc=self.loc, result_types=types)
         for old, new in zip(self.results, copy.results, strict=True):
             new.name = old.name
             mapping[old] = new

@@ -69,12 +69,17 @@ def fixed_gate(valid: Tensor, run: bool) -> tuple[Tensor, Tensor]:
     return mask, torch.full(valid.shape, float(run))
 
 
-def append(cache: Tensor, new: Tensor, length: Tensor, mask: Tensor) -> Tensor:
+def append(
+    cache: Tensor, new: Tensor, length: Tensor, mask: Tensor, scale: Tensor | None = None
+) -> Tensor:
     """The cache [B, KV, S, hd] with the tokens of `new` [B, T, KV, hd] where mask bool[B, T] holds.
 
-    Those of row b go, in order, to slots length[b], length[b] + 1, …; other slots stay.
+    Those of row b go, in order, to slots length[b], length[b] + 1, …; other slots stay. With scale
+    f32[KV, hd] the cache holds codes i8.
     """
     slots = cache.shape[2]
+    if scale is not None:
+        new = cache_codes(new, scale)
     rank = torch.cumsum(mask.to(torch.int64), 1) - 1
     # Tokens that are not written go to one slot beyond the end, which is cut off again.
     target = torch.where(mask, length[:, None] + rank, slots)
@@ -83,8 +88,31 @@ def append(cache: Tensor, new: Tensor, length: Tensor, mask: Tensor) -> Tensor:
     return wide.scatter(2, index, new.transpose(1, 2))[:, :, :slots]
 
 
-def attend(q: Tensor, key: Tensor, value: Tensor, limit: Tensor, scale: float) -> Tensor:
-    """Q [B, T, H, hd] over slots j < limit[b, t] of key, value [B, KV, S, hd]; 0 without any."""
+def cache_codes(x: Tensor, scale: Tensor) -> Tensor:
+    """The multiples of scale f32[KV, hd] nearest to x f32[..., KV, hd], i8; ties go to even.
+
+    What lies beyond the codes gets the nearest of them. ONNX Runtime's GroupQueryAttention rounds
+    so (`k_quant_type` PER_CHANNEL). NaN becomes 0.
+    """
+    return (x / scale).round().nan_to_num(0.0).clamp(-128, 127).to(torch.int8)
+
+
+def attend(
+    q: Tensor,
+    key: Tensor,
+    value: Tensor,
+    limit: Tensor,
+    key_scale: Tensor | None = None,
+    value_scale: Tensor | None = None,
+    *,
+    scale: float,
+) -> Tensor:
+    """Q [B, T, H, hd] over slots j < limit[b, t] of key, value [B, KV, S, hd]; 0 without any.
+
+    Keys and values that are codes have their scales f32[KV, hd].
+    """
+    if key_scale is not None and value_scale is not None:
+        key, value = key * key_scale[:, None], value * value_scale[:, None]
     groups = q.shape[2] // key.shape[1]
     key, value = (x.repeat_interleave(groups, 1) for x in (key, value))
     visible = torch.arange(key.shape[2], device=q.device) < limit[:, None, :, None]
@@ -231,16 +259,33 @@ def scatter_rows(base: Tensor, rows: Tensor, update: Tensor) -> Tensor:
     return base.flatten(0, 1).index_copy(0, rows, update).reshape(base.shape)
 
 
-def append_rows(cache: Tensor, new: Tensor, rows: Tensor, length: Tensor, mask: Tensor) -> Tensor:
+def append_rows(
+    cache: Tensor,
+    new: Tensor,
+    rows: Tensor,
+    length: Tensor,
+    mask: Tensor,
+    scale: Tensor | None = None,
+) -> Tensor:
     """`append` of the compacted tokens new [N, KV, hd]."""
     blank = new.new_zeros(*mask.shape, *new.shape[1:])
-    return append(cache, scatter_rows(blank, rows, new), length, mask)
+    return append(cache, scatter_rows(blank, rows, new), length, mask, scale)
 
 
 def attend_rows(
-    q: Tensor, key: Tensor, value: Tensor, limit: Tensor, rows: Tensor, mask: Tensor, scale: float
+    q: Tensor,
+    key: Tensor,
+    value: Tensor,
+    limit: Tensor,
+    rows: Tensor,
+    mask: Tensor,
+    key_scale: Tensor | None = None,
+    value_scale: Tensor | None = None,
+    *,
+    scale: float,
 ) -> Tensor:
     """`attend` of the compacted queries q [N, H, hd]."""
-    blank = q.new_zeros(*mask.shape, *q.shape[1:])
+    wide = scatter_rows(q.new_zeros(*mask.shape, *q.shape[1:]), rows, q)
     limits = scatter_rows(limit.new_zeros(mask.shape), rows, limit)
-    return gather_rows(attend(scatter_rows(blank, rows, q), key, value, limits, scale), rows)
+    y = attend(wide, key, value, limits, key_scale, value_scale, scale=scale)
+    return gather_rows(y, rows)

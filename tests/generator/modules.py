@@ -9,6 +9,10 @@ from typing import Any
 import torch
 
 from liquidc.ir import DType, Module, TensorType, Value, ops, print_module
+from liquidc.ir.rewriter import Statistics
+from liquidc.passes.base import PassContext
+from liquidc.passes.quantize_cache import QuantizeCache
+from liquidc.passes.stream import Calibration
 from liquidc.profile import Profile
 from tests.generator.build import WIDTH, Builder
 from tests.generator.expressions import expression
@@ -39,7 +43,50 @@ class Example:
 
 
 def example(rng: random.Random) -> Example:
-    """A module of one to three layers, and calls of @prefill and @decode in every regime."""
+    """A module of one to three layers, and calls of @prefill and @decode in every regime.
+
+    The caches of some hold codes.
+    """
+    made = float_example(rng)
+    if rng.randrange(100) < 30:
+        made = coded(made, random.Random(rng.getrandbits(16)))
+    return replace(made, profile=profile_of(made, random.Random(rng.getrandbits(16))))
+
+
+def coded(made: Example, rng: random.Random) -> Example:
+    """An example whose caches hold codes, in its calls too."""
+    tensors, module = dict(made.tensors), made.module.clone()
+    length = rng.choice((2, 4))
+    windows = [[rng.randrange(VOCAB) for _ in range(length)] for _ in range(6)]
+    source = replace(made, tensors=tensors)
+    calibration = Calibration(windows, "text", source, Kept(tensors), lambda *_: None)
+    QuantizeCache().run(module, Statistics(), PassContext(calibration=calibration))
+    numbers = torch.Generator().manual_seed(rng.getrandbits(16))
+    calls: list[tuple[str, str, Inputs]] = []
+    for function, regime, inputs in made.calls:
+        codes = {
+            name: torch.randint(-128, 128, x.shape, generator=numbers).to(torch.int8)
+            for name, x in inputs.items()
+            if name.startswith("past.")
+        }
+        calls.append((function, regime, inputs | codes))
+    return Example(module, tensors, tuple(calls))
+
+
+@dataclass(frozen=True)
+class Kept:
+    """What calibration stores, beside an example's weights."""
+
+    tensors: dict[str, torch.Tensor]
+
+    def append(self, name: str, type: TensorType, rows: torch.Tensor) -> None:
+        """Keep a tensor that is stored at once."""
+        assert (tuple(rows.shape), name in self.tensors) == (type.shape, False)
+        self.tensors[name] = rows
+
+
+def float_example(rng: random.Random) -> Example:
+    """As `example`, with caches of floats and without a profile."""
     b = Builder(rng)
     layers = rng.choice((1, 2, 2, 3))
     function = b.function("prefill", _signature(layers))
@@ -61,8 +108,7 @@ def example(rng: random.Random) -> Example:
     b.module.attributes |= {"layers": layers, "gates": len(step.gates), "eps": 0.01}
     calls = [("prefill", regime, _inputs(b, layers, regime, False)) for regime in REGIMES]
     calls += [("decode", regime, _inputs(b, layers, regime, True)) for regime in REGIMES]
-    made = Example(b.module, b.tensors, tuple(calls))
-    return replace(made, profile=profile_of(made, random.Random(rng.getrandbits(16))))
+    return Example(b.module, b.tensors, tuple(calls))
 
 
 def _signature(layers: int) -> list[tuple[str, TensorType]]:

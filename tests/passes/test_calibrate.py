@@ -15,9 +15,10 @@ from liquidc.ir.quantised import Codes
 from liquidc.ir.rewriter import Statistics
 from liquidc.ir.weights import materialize
 from liquidc.passes.base import PassContext
-from liquidc.passes.calibrate import LEAST, Calibration
+from liquidc.passes.calibrate import LEAST
 from liquidc.passes.gptq import gptq, inverse_factor
 from liquidc.passes.quantize import Quantize
+from liquidc.passes.stream import Calibration
 
 TEXT = """
 module @m
@@ -182,9 +183,9 @@ def test_as_many_windows_are_run_as_memory_allows(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     widest = 2 * 4 * 32 * 40  # two values of 32 floats for the 40 tokens of a window
-    monkeypatch.setattr("liquidc.passes.calibrate.ACTIVATIONS", 5 * widest)
+    monkeypatch.setattr("liquidc.passes.stream.ACTIVATIONS", 5 * widest)
     _, statistics, _ = run(tmp_path)
     assert statistics.facts["quantize"]["calibration"]["tokens"] == 5 * 40
-    monkeypatch.setattr("liquidc.passes.calibrate.ACTIVATIONS", 3 * widest)
+    monkeypatch.setattr("liquidc.passes.stream.ACTIVATIONS", 3 * widest)
     with pytest.raises(InputError, match="to calibrate on 4 windows of 40 tokens takes"):
         run(tmp_path)

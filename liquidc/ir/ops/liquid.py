@@ -98,12 +98,14 @@ class Append(Op, name="append"):
 
     Row b's masked tokens go, in order, to slots length[b], length[b] + 1, …; slots beyond the
     last one written are scratch and may change; slots before `length[b]` stay as they are.
+    With `scale` f32[KV, hd] the cache holds codes i8: the multiples of it that are nearest.
     """
 
     cache: Value = operand()
     new: Value = operand()
     length: Value = operand()
     mask: Value = operand()
+    scale: Value | None = optional()
     y: Value = result()
 
     def infer(self) -> tuple[TensorType, ...]:
@@ -116,7 +118,8 @@ class Append(Op, name="append"):
             raise ValueError(f"a cache [B, KV, S, hd] can't take {self.new.type}")
         rows, heads, _, width = self.cache.shape
         tokens = self.new.shape[1]
-        expect(self.new, "the new entries", self.cache.dtype, rows, tokens, heads, width)
+        dtype = _dtype_behind(self.cache, self.scale)
+        expect(self.new, "the new entries", dtype, rows, tokens, heads, width)
         expect(self.length, "length", DType.I64, rows)
         expect(self.mask, "mask", DType.BOOL, rows, tokens)
 
@@ -124,13 +127,16 @@ class Append(Op, name="append"):
 class Attend(Op, name="attend"):
     """Grouped-query attention of q [B, T, H, hd] over a cache [B, KV, S, hd].
 
-    Query (b, t) sees the slots j < limit[b, t]; with none it yields 0.
+    Query (b, t) sees the slots j < limit[b, t]; with none it yields 0. Codes are read with the
+    scales f32[KV, hd] that they were written with.
     """
 
     q: Value = operand()
     key: Value = operand()
     value: Value = operand()
     limit: Value = operand()
+    key_scale: Value | None = optional()
+    value_scale: Value | None = optional()
     scale: float = attribute()
     y: Value = result()
 
@@ -143,7 +149,7 @@ class Attend(Op, name="attend"):
         if self.q.type.rank != 4:
             raise ValueError(f"q must be [B, T, H, hd], not {self.q.type}")
         rows, tokens, heads, width = self.q.shape
-        _check_cache(self.key, self.value, rows, heads, width)
+        _check_caches(self, rows, heads, width)
         expect(self.limit, "limit", DType.I64, rows, tokens)
 
 
@@ -378,6 +384,7 @@ class AppendRows(Op, name="append_rows"):
     rows: Value = operand()
     length: Value = operand()
     mask: Value = operand()
+    scale: Value | None = optional()
     y: Value = result()
 
     def infer(self) -> tuple[TensorType, ...]:
@@ -389,7 +396,8 @@ class AppendRows(Op, name="append_rows"):
         if self.cache.type.rank != 4:
             raise ValueError(f"a cache is [B, KV, S, hd], not {self.cache.type}")
         rows, heads, _, width = self.cache.shape
-        expect(self.new, "the new entries", self.cache.dtype, *self.rows.shape, heads, width)
+        dtype = _dtype_behind(self.cache, self.scale)
+        expect(self.new, "the new entries", dtype, *self.rows.shape, heads, width)
         expect(self.length, "length", DType.I64, rows)
         if self.mask.dtype != DType.BOOL or self.mask.shape[:1] != (rows,):
             raise ValueError(f"the mask must be bool[{rows}, T], not {self.mask.type}")
@@ -404,6 +412,8 @@ class AttendRows(Op, name="attend_rows"):
     limit: Value = operand()
     rows: Value = operand()
     mask: Value = operand()
+    key_scale: Value | None = optional()
+    value_scale: Value | None = optional()
     scale: float = attribute()
     y: Value = result()
 
@@ -416,12 +426,13 @@ class AttendRows(Op, name="attend_rows"):
         if self.q.type.rank != 3:
             raise ValueError(f"q must be [N, H, hd], not {self.q.type}")
         count, heads, width = self.q.shape
-        _check_cache(self.key, self.value, self.mask.shape[0], heads, width)
+        _check_caches(self, self.mask.shape[0], heads, width)
         expect(self.limit, "limit", DType.I64, count)
         expect(self.rows, "rows", DType.I64, count)
 
 
-def _check_cache(key: Value, value: Value, rows: Dim, heads: Dim, width: Dim) -> None:
+def _check_caches(op: Attend | AttendRows, rows: Dim, heads: Dim, width: Dim) -> None:
+    key, value = op.key, op.value
     if key.type.rank != 4 or key.type != value.type:
         raise ValueError(f"key and value must be [B, KV, S, hd], not {key.type}, {value.type}")
     groups = key.shape[1]
@@ -429,6 +440,19 @@ def _check_cache(key: Value, value: Value, rows: Dim, heads: Dim, width: Dim) ->
         raise ValueError(f"a cache {key.type} does not meet {heads} heads of {width}")
     if not isinstance(heads, int) or not isinstance(groups, int) or heads % groups:
         raise ValueError(f"{heads} heads can't share {groups} key/value heads")
+    for cache, scale in ((key, op.key_scale), (value, op.value_scale)):
+        if _dtype_behind(cache, scale) != op.q.dtype:
+            raise ValueError(f"a cache {cache.type} does not meet {op.q.type}")
+
+
+def _dtype_behind(cache: Value, scale: Value | None) -> DType:
+    """The type of what a cache stands for."""
+    if (cache.dtype == DType.I8) != (scale is not None):
+        raise ValueError(f"a cache {cache.type}: i8 goes with a scale, and nothing else does")
+    if scale is None:
+        return cache.dtype
+    expect(scale, "the scale", DType.F32, cache.shape[1], cache.shape[3])
+    return DType.F32
 
 
 def _check_experts(x: Value, index: Value, weight: Value, params: list[Value], apply: str) -> None:
