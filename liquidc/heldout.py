@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -29,7 +31,10 @@ Report = Callable[[str, int, int], None]
 
 @dataclass(frozen=True, slots=True)
 class HeldOutText:
-    """Windows of text, and the bytes that the tokens after the first of each stand for."""
+    """Windows of text, and the bytes that the tokens after the first of each stand for.
+
+    Ids that were given as such stand for no bytes.
+    """
 
     sha256: str
     windows: tuple[tuple[int, ...], ...]
@@ -47,20 +52,25 @@ def read_text(
     profile: Profile | None,
     most: int = MOST,
 ) -> HeldOutText:
-    """Held-out text in at most so many windows, spread evenly over it.
+    """Held-out text in at most so many windows, spread evenly over it; or ids, from a `.json`.
 
     Raises:
         InputError: it can't be read, is too short, or the profile was made with it.
     """
-    if tokenizer is None:
-        raise InputError(f"{path}: the model has no tokenizer to read it with")
     try:
         data = path.read_bytes()
-        ids, starts = tokenizer.spans(data.decode())
+        text = data.decode()
     except FileNotFoundError:
         raise InputError(f"{path}: no held-out text; give one with --data FILE") from None
     except UnicodeDecodeError:
         raise InputError(f"{path}: not UTF-8 text") from None
+    starts = list[int]()
+    if path.suffix == ".json":
+        ids = parse_ids(path, text)
+    elif tokenizer is not None:
+        ids, starts = tokenizer.spans(text)
+    else:
+        raise InputError(f"{path}: the model has no tokenizer to read it with; give token ids")
     sha256 = hashlib.sha256(data).hexdigest()
     if profile is not None and sha256 in profile.data:
         raise InputError(f"{path}: the profile was made with it; give text that is held out")
@@ -75,8 +85,23 @@ def read_text(
     return HeldOutText(
         sha256,
         tuple(tuple(ids[i] for i in place) for place in chosen),
-        tuple(ends[place.stop] - starts[place.start + 1] for place in chosen),
+        tuple(ends[place.stop] - starts[place.start + 1] for place in chosen if starts),
     )
+
+
+def parse_ids(path: Path, text: str) -> list[int]:
+    """The token ids in a JSON file.
+
+    Raises:
+        InputError: it is no list of ids.
+    """
+    try:
+        ids: Any = json.loads(text)
+    except ValueError as error:
+        raise InputError(f"{path}: not valid JSON ({error})") from None
+    if not isinstance(ids, list) or not all(type(i) is int for i in cast(list[Any], ids)):
+        raise InputError(f"{path}: must be a list of token ids")
+    return cast(list[int], ids)
 
 
 class Scorer:

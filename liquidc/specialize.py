@@ -302,8 +302,11 @@ class Lossy:
         """
         path = self._options.calibration
         if path is None:
-            raise InputError("passes of this compile calibrate on text: give --calibration FILE")
+            raise InputError("passes calibrate on text: give it with --calibration FILE")
         text = self._windows(traced, path, None, CALIBRATED)
+        known = facts.model_info(traced, "", "").vocabulary
+        if wrong := [i for window in text.windows for i in window if not 0 <= i < known]:
+            raise InputError(f"{path}: token {wrong[0]} is not in the vocabulary of {known}")
         if self._has_text and self._text(traced).sha256 == text.sha256:
             raise InputError(f"{path}: the compile is measured on it; calibrate on other text")
         return Calibration(text.windows, text.sha256, source, source, self._report)
@@ -320,6 +323,8 @@ class Lossy:
             if path is None:
                 raise InputError("a lossy compile is measured on text: give it with --data FILE")
             self._read = self._windows(traced, path, self._context.profile)
+            if not self._read.bytes:
+                raise InputError(f"{path}: a lossy compile is measured on text, not on token ids")
         return self._read
 
     def _windows(

@@ -29,6 +29,7 @@ from liquidc.fidelity import (
     decide,
     matching,
 )
+from liquidc.heldout import parse_ids
 from liquidc.runtime import Engine
 from liquidc.trace_proof import Proof, prove
 from liquidc.weight_check import Finding, check_weights
@@ -164,13 +165,7 @@ def read_held_out(path: Path, engine: Engine) -> HeldOut:
     except UnicodeDecodeError:
         raise InputError(f"{path}: not UTF-8 text") from None
     if path.suffix == ".json":
-        try:
-            ids: Any = json.loads(text)
-        except ValueError as error:
-            raise InputError(f"{path}: not valid JSON ({error})") from None
-        if not isinstance(ids, list) or not all(type(i) is int for i in cast(list[Any], ids)):
-            raise InputError(f"{path}: must be a list of token ids")
-        return HeldOut(tuple(engine.encode(cast(list[int], ids))))
+        return HeldOut(tuple(engine.encode(parse_ids(path, text))))
     if engine.tokenizer is None:
         raise InputError(f"{path}: the engine has no tokenizer; give a .json list of token ids")
     ids, starts = engine.tokenizer.spans(text)

@@ -25,8 +25,9 @@ def generate(engine: Path, prompt: str, new_tokens: int) -> str:
     sizes = {"B": 1, "S": len(ids) + new_tokens}
     shape = [sizes.get(size, size) for size in manifest["cache"]["shape"]]
     layers = manifest["cache"]["layers"]
+    dtype = {"f32": np.float32, "i8": np.int8}[manifest["cache"]["dtype"]]
     buffers = {
-        f"{layer}.{part}": ort.OrtValue.ortvalue_from_numpy(np.zeros(shape, np.float32))
+        f"{layer}.{part}": ort.OrtValue.ortvalue_from_numpy(np.zeros(shape, dtype))
         for layer in range(layers)
         for part in ("key", "value")
     }

@@ -63,7 +63,7 @@ def check(seed: int) -> None:
         for name, value in got.items():
             # A zero that was rounded may have lost its sign.
             same = (value + 0).numpy().tobytes() == (wanted[name] + 0).numpy().tobytes()
-            assert same or value.dtype == torch.bool and torch.equal(value, wanted[name]), name
+            assert same or (value.dtype == torch.bool and torch.equal(value, wanted[name])), name
 
 
 def as_floats(values: Inputs, known: dict[str, torch.Tensor], prefix: str) -> Inputs:
@@ -98,7 +98,7 @@ def test_caches_in_every_place_hold_codes() -> None:
                 assert op.scale is not None
                 places[type(op).__name__] += 1
             if isinstance(op, ops.Attend | ops.AttendRows):
-                assert op.key_scale is not None and op.value_scale is not None
+                assert None not in (op.key_scale, op.value_scale)
                 places[type(op).__name__] += 1
             if isinstance(op, ops.If) and any(isinstance(o, ops.Append) for o in op.then.ops):
                 places["arm"] += 1

@@ -173,6 +173,40 @@ def test_a_calibrated_compile_tells_tokens_and_what_they_did_not_reach(
     refused(2, "calibrate on other text", *common, "--calibration", held_out)
 
 
+@pytest.mark.parametrize("target", ["null", "onnxruntime"])
+def test_a_cache_of_codes(
+    model_directory: Path, held_out: Path, tmp_path: Path, target: str
+) -> None:
+    """Calibrated on token ids as well as on text, alone and beside weights of few bits."""
+    ids = tmp_path / "ids.json"
+    ids.write_text(json.dumps([(7 * i * i) % 61 for i in range(512)]))
+    common = (model_directory, "--target", target, "--quantize-cache", "int8", "--data", held_out)
+    one = tmp_path / "one"
+    ok("compile", *common, "-o", one, "--calibration", ids)
+    manifest = json.loads((one / MANIFEST).read_bytes())
+    assert manifest["cache"]["dtype"] == "i8"
+    (told,) = (p["facts"] for p in manifest["passes"] if p["name"] == "quantize-cache")
+    assert (told["caches"], told["starved"], told["calibration"]["tokens"]) == (8, [], 512)
+    assert 0 < manifest["fidelity"]["kl_nats"] < 0.01
+    assert ok("inspect", one)["cache"]["dtype"] == "i8"
+    ok("verify", one, "--data", held_out, "--windows", "2", "--prompts", "2")
+    both = tmp_path / "both"
+    ok("compile", *common, "-o", both, "--calibration", ids, "--quantize", "int4{block=16}")
+    ok("run", both, "--ids", "1,2,3", "--max-new-tokens", "4")
+    refused(2, "give it with --calibration FILE", *common, "-o", tmp_path / "no")
+    wrong = tmp_path / "wrong.json"
+    for text, message in (
+        (json.dumps([1] * 400 + [10**6]), "token 1000000 is not in the vocabulary"),
+        ('{"a": 1}', "must be a list of token ids"),
+        ("[1, 2", "not valid JSON"),
+        ("[1, 2]", "2 tokens; at least"),
+    ):
+        wrong.write_text(text)
+        refused(2, message, *common, "-o", tmp_path / "no", "--calibration", wrong)
+    measured = (model_directory, "-o", tmp_path / "no", "--quantize", "int8", "--data", ids)
+    refused(2, "measured on text, not on token ids", *measured)
+
+
 def test_a_large_model_is_measured_only_if_asked(
     model_directory: Path, held_out: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
