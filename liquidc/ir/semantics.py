@@ -1,4 +1,4 @@
-"""What the ops of `ops.liquid` compute, as plain functions on torch tensors.
+"""What the ops of `ops.liquid` and `ops.cache` compute, as plain functions on torch tensors.
 
 These are the definitions: the reference model's custom ops and the interpreter share them. They
 are differentiable where that has a meaning, and work in any floating dtype.

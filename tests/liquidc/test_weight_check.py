@@ -74,3 +74,21 @@ def swapped(x: torch.Tensor) -> torch.Tensor:
 
 
 CHANGES: tuple[Callable[[torch.Tensor], torch.Tensor], ...] = (zeroed, turned, swapped)
+
+
+def test_scales_of_a_cache_are_positive_and_finite(model_directory: Path, tmp_path: Path) -> None:
+    ids = tmp_path / "ids.json"
+    ids.write_text(str([i % 50 for i in range(512)]))
+    options = CompileOptions(quantize_cache="int8", calibration=ids)
+    engine = compile_model(model_directory, tmp_path / "engine", options).engine
+    source, weights = CheckpointSource(model_directory), stored(engine)
+    scales = [f for f in check_weights(weights, source) if f.format == "scale"]
+    assert len(scales) == 8
+    assert all(finding.fits for finding in scales)
+    name = scales[3].name
+    for bad in (0.0, -1.0, float("nan"), float("inf")):
+        changed = weights[name].read(0, weights[name].expr.sizes[0]).clone()
+        changed.view(-1)[2] = bad
+        wrong = replace(weights[name], read=lambda a, b, t=changed: t[a:b])
+        told = check_weights({**weights, name: wrong}, source)
+        assert [f.name for f in told if not f.fits] == [name]

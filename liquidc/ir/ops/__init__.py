@@ -1,10 +1,12 @@
 """The ops, one class each, by what they are for.
 
 `control`: functions, conditionals, constants, weights. `tensor`: elementwise maths, shapes,
-reductions. `nn`: the layers of a transformer. `liquid`: depth gates, caches, routing, experts,
-token compaction. Use as `from liquidc.ir import ops` and `ops.Linear(...)`.
+reductions. `nn`: the layers of a transformer. `liquid`: depth gates, routing, experts, token
+compaction. `cache`: keys and values, attention.
+Use as `from liquidc.ir import ops` and `ops.Linear(...)`.
 """
 
+from liquidc.ir.ops.cache import Append, AppendRows, Attend, AttendRows
 from liquidc.ir.ops.control import (
     Constant,
     If,
@@ -15,10 +17,6 @@ from liquidc.ir.ops.control import (
     Yield,
 )
 from liquidc.ir.ops.liquid import (
-    Append,
-    AppendRows,
-    Attend,
-    AttendRows,
     DepthGate,
     ExpertMask,
     ExpertWeight,
