@@ -25,6 +25,7 @@ from liquidc.backends.onnxruntime.graph import (
     Graph,
     Shared,
 )
+from liquidc.backends.onnxruntime.tidy import tidy
 from liquidc.backends.weights_file import byte_size
 from liquidc.errors import UnsupportedError
 from liquidc.ir import Block, Function, Module, Op, TensorType, Value, ops, parse_module
@@ -82,6 +83,7 @@ def lower(
     proto = helper.make_graph(
         graph.nodes, module.name, inputs, outputs, [*shared.initializers, *weights]
     )
+    tidy(proto)
     model = helper.make_model(
         proto,
         opset_imports=[helper.make_opsetid("", OPSET), helper.make_opsetid(CONTRIB, 1)],

@@ -22,7 +22,7 @@ def _linear(g: Graph, op: ops.Linear) -> list[str]:
     bias = "" if op.bias is None else g.name(op.bias)
     x = g.flat(g.name(op.x), op.x.shape)
     y = product(g, x, op.weight, bias, rounded=op.input_block)
-    return [y if op.x.type.rank == 2 else g.op("Reshape", [y, g.shape(op.y.shape)])]
+    return [g.unflat(y, op.y.shape)]
 
 
 def _matmul(g: Graph, op: ops.MatMul) -> list[str]:
@@ -37,7 +37,9 @@ def _scale(g: Graph, op: ops.RMSNorm | ops.LayerNorm) -> str:
 
 
 def _rms_norm(g: Graph, op: ops.RMSNorm) -> list[str]:
-    return [g.op("RMSNormalization", [g.name(op.x), _scale(g, op)], axis=-1, epsilon=op.eps)]
+    x = g.flat(g.name(op.x), op.x.shape) if op.x.type.rank == 3 else g.name(op.x)
+    y = g.op("RMSNormalization", [x, _scale(g, op)], axis=-1, epsilon=op.eps)
+    return [g.unflat(y, op.y.shape) if op.x.type.rank == 3 else y]
 
 
 def _layer_norm(g: Graph, op: ops.LayerNorm) -> list[str]:
@@ -52,7 +54,7 @@ def _softmax(g: Graph, op: ops.Softmax) -> list[str]:
 def _rope(g: Graph, op: ops.Rope) -> list[str]:
     """RotaryEmbedding over all tokens as one row; angles as the model computes them."""
     heads, width = sizes(op.x.shape[-2:])
-    cos, sin = _rope_tables(g, op.theta, width)
+    cos, sin, _ = rope_tables(g, op.theta, width)
     x = g.op("Reshape", [g.name(op.x), g.const([1, -1, heads * width])])
     positions = g.op("Reshape", [g.name(op.positions), g.const([1, -1])])
     y = g.op("RotaryEmbedding", [x, cos, sin, positions], num_heads=heads)
@@ -61,12 +63,13 @@ def _rope(g: Graph, op: ops.Rope) -> list[str]:
     return [g.op("Reshape", [y, g.shape(op.y.shape)])]
 
 
-def _rope_tables(g: Graph, theta: float, width: int) -> tuple[str, str]:
-    """Cosines and sines f32[positions, width / 2] for every position of the context."""
+def rope_tables(g: Graph, theta: float, width: int) -> tuple[str, str, int]:
+    """Cosines and sines f32[positions, width / 2] for every position of the context; how many."""
     count = int(str(g.shared.module.attributes.get("max_positions", 4096)))
     positions = torch.arange(count, dtype=torch.float32)
     angle = positions[:, None] * rope_rates(theta, width // 2, torch.float32)
-    return g.const(angle.cos().numpy(), np.float32), g.const(angle.sin().numpy(), np.float32)
+    cos, sin = (g.const(x.numpy(), np.float32) for x in (angle.cos(), angle.sin()))
+    return cos, sin, count
 
 
 EMIT: dict[type[Op], Emit] = {

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from liquidc.backends.onnxruntime.graph import ELEMENT, NUMPY, Graph
-from liquidc.ir import DType, Op, ops
+from liquidc.ir import Op, ops
 from liquidc.ir.weights import sizes
 
 Emit = Callable[[Graph, Any], list[str]]
@@ -18,6 +18,17 @@ Emit = Callable[[Graph, Any], list[str]]
 def _same(kind: str) -> Emit:
     """An op that is one node with the same operands."""
     return lambda g, op: [g.op(kind, [g.name(v) for v in op.operands])]
+
+
+def _by_row(kind: str) -> Emit:
+    """An op of one operand that is one node, on rows where it stands between products."""
+
+    def emit(g: Graph, op: ops.Unary) -> list[str]:
+        x = g.name(op.x)
+        rows = g.remember(("flat", x)) if op.x.type.rank == 3 else None
+        return [g.op(kind, [x]) if rows is None else g.unflat(g.op(kind, [rows]), op.y.shape)]
+
+    return emit
 
 
 def _constant(g: Graph, op: ops.Constant) -> list[str]:
@@ -68,6 +79,13 @@ def _transpose(g: Graph, op: ops.Transpose) -> list[str]:
 
 
 def _slice(g: Graph, op: ops.Slice) -> list[str]:
+    count = op.x.shape[op.dim]
+    if op.x.op is None and op.stop - op.start == 1 and isinstance(count, int) and count > 1:
+        parts = g.remember(("parts", op.x, op.dim))  # an argument's are all asked for
+        if parts is None:
+            parts = g.op("Split", [g.name(op.x)], count, axis=op.dim, num_outputs=count)
+            g.memo["parts", op.x, op.dim] = parts
+        return [parts[op.start]]
     bounds = [g.const([v]) for v in (op.start, op.stop, op.dim)]
     return [g.op("Slice", [g.name(op.x), *bounds])]
 
@@ -83,11 +101,7 @@ def _gather(g: Graph, op: ops.Gather) -> list[str]:
 def _reduce(kind: str) -> Emit:
     def emit(g: Graph, op: ops.Reduce) -> list[str]:
         x, axes = g.name(op.x), g.const(list(op.dims))
-        if op.x.dtype != DType.BOOL:
-            return [g.op(kind, [x, axes], keepdims=int(op.keep), noop_with_empty_axes=1)]
-        small = g.op("Cast", [x], to=ELEMENT[DType.U8])
-        y = g.op(kind, [small, axes], keepdims=int(op.keep), noop_with_empty_axes=1)
-        return [g.op("Cast", [y], to=ELEMENT[DType.BOOL])]
+        return [g.op(kind, [x, axes], keepdims=int(op.keep), noop_with_empty_axes=1)]
 
     return emit
 
@@ -120,9 +134,9 @@ EMIT: dict[type[Op], Emit] = {
     ops.Neg: _same("Neg"),
     ops.Exp: _same("Exp"),
     ops.Sqrt: _same("Sqrt"),
-    ops.Tanh: _same("Tanh"),
+    ops.Tanh: _by_row("Tanh"),
     ops.Sigmoid: _same("Sigmoid"),
-    ops.ReLU: _same("Relu"),
+    ops.ReLU: _by_row("Relu"),
     ops.Not: _same("Not"),
     ops.Add: _same("Add"),
     ops.Sub: _same("Sub"),

@@ -205,6 +205,9 @@ class Graph:
         """Reshape, with a constant shape wherever one says it."""
         if tuple(old) == tuple(new):
             return x
+        stacked = self.remember(("stacked", x)) if tuple(new) == (1, *old) else None
+        if stacked is not None:
+            return stacked
         same = 0
         while same < min(len(old), len(new)) and old[same] == new[same]:
             same += 1
@@ -216,7 +219,26 @@ class Graph:
 
     def flat(self, x: str, old: Sequence[Dim]) -> str:
         """The leading dimensions of x made one: [-1, last]."""
-        return x if len(old) == 2 else self.op("Reshape", [x, self.const([-1, old[-1]])])
+        if len(old) == 2:
+            return x
+        known = self.remember(("flat", x))
+        if known is None:
+            known = self.memo["flat", x] = self.op("Reshape", [x, self.const([-1, old[-1]])])
+        return known
+
+    def unflat(self, x: str, dims: Sequence[Dim]) -> str:
+        """Rows [-1, last] in their shape, which `flat` takes back; nobody has to use it."""
+        if len(dims) == 2:
+            return x
+        y = self.op("Reshape", [x, self.shape(dims)])
+        self.memo["flat", y] = x
+        return y
+
+    def unstack(self, x: str, dims: Sequence[Dim]) -> str:
+        """A value [1, *dims] in the shape `dims`; `reshape` takes it back."""
+        y = self.op("Reshape", [x, self.shape(dims)])
+        self.memo["stacked", y] = x
+        return y
 
     def arm(self, prefix: str) -> Graph:
         """An arm of a conditional."""
