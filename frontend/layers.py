@@ -131,11 +131,11 @@ class Layer(nn.Module):
     def _run_attention(self, t: Tensors) -> Tensors:
         """The state h (and `base`, what y adds to), the cache, the new keys and values."""
         attn = self.self_attn
+        q = attn.query(t["n"], t["positions"])
         k, v = attn.key_value(t["n"], t["positions"])
         if self.inherits:
             chosen = t["mask_a"][..., None, None]
             k, v = torch.where(chosen, k, t["below_k"]), torch.where(chosen, v, t["below_v"])
-        q = attn.query(t["n"], t["positions"])
         written = self._written(t)
         out = self._recorded(k, v)
         if "key" in t:

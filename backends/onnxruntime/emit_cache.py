@@ -7,11 +7,13 @@ TensorScatter and attends under a mask made from the limits.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
+from liquidc.backends.onnxruntime.emit_nn import rope_tables
 from liquidc.backends.onnxruntime.emit_tensor import Emit
 from liquidc.backends.onnxruntime.graph import ELEMENT, Graph
 from liquidc.errors import UnsupportedError
@@ -35,7 +37,10 @@ def rows(g: Graph, op: ops.Rows) -> list[str]:
 def gather_rows(g: Graph, op: ops.GatherRows) -> list[str]:
     """Gather over the tokens as one dimension."""
     tail = sizes(op.x.shape[2:])
-    flat = g.op("Reshape", [g.name(op.x), g.const([-1, *tail])])
+    if len(tail) == 1:
+        flat = g.flat(g.name(op.x), op.x.shape)
+    else:
+        flat = g.op("Reshape", [g.name(op.x), g.const([-1, *tail])])
     return [g.op("Gather", [flat, g.name(op.rows)], axis=0)]
 
 
@@ -56,38 +61,47 @@ def take_tokens(g: Graph, op: ops.TakeTokens) -> list[str]:
 
 @dataclass(frozen=True)
 class Ragged:
-    """Masked tokens moved to the front of their batch row: [B, W, ...], W the widest row."""
+    """Masked tokens moved to the front of their batch row: [B, W, ...], W the widest row.
 
-    rows: str
-    places: str
-    width: str
+    Attributes:
+        count: tokens of each row, i32[B].
+        before: tokens of the row but one, i32[B, 1]: a row of none has -1.
+        places: which compacted token stands where, i32[B, W]; beyond a row's own, some other.
+        taken: bool[B · W], where a row has tokens.
+    """
+
     count: str
+    before: str
+    places: str
+    taken: str
 
 
 def ragged(g: Graph, mask: Value) -> Ragged:
     """Where the tokens of a mask bool[B, T] go; made once in a graph."""
     known = g.remember(("ragged", mask))
     if known is None:
-        name = g.name(mask)
-        whole = g.op("Cast", [name], to=I64)
-        count = g.op("ReduceSum", [whole, g.const([1])], keepdims=0)
-        found = g.op("NonZero", [name])
-        pairs = g.op("Transpose", [found], perm=[1, 0])
-        rank = g.op("CumSum", [whole, g.const(1)], exclusive=1)
-        token = g.op("Unsqueeze", [g.op("GatherND", [rank, pairs]), g.const([0])])
-        row = g.op("Slice", [found, g.const([0]), g.const([1]), g.const([0])])
-        places = g.op("Transpose", [g.op("Concat", [row, token], axis=0)], perm=[1, 0])
-        width = g.op("ReduceMax", [count, g.const([0])], keepdims=1)
-        known = Ragged(pairs, places, width, count)
+        count = _count(g, mask)
+        column = g.op("Unsqueeze", [count, g.const([1])])
+        before = g.op("Sub", [column, g.const(1, np.int32)])
+        first = g.op("CumSum", [column, g.const(0)], exclusive=1)
+        width = g.op("ReduceMax", [count, g.const([0])], keepdims=0)
+        rank = g.op("Range", [g.const(0, np.int32), width, g.const(1, np.int32)])
+        places = g.op("Add", [first, g.op("Min", [rank, before])])
+        taken = g.op("Reshape", [g.op("Less", [rank, column]), g.const([-1])])
+        known = Ragged(count, before, places, taken)
         g.memo["ragged", mask] = known
     return known
 
 
-def pad(g: Graph, x: str, mask: Value, tail: list[int]) -> str:
-    """Compacted rows [N, ...] as [B, W, ...], zero where a row has fewer."""
-    where = ragged(g, mask)
-    shape = g.op("Concat", [g.op("Shape", [where.count]), where.width, g.const(tail)], axis=0)
-    return g.op("ScatterND", [g.op("ConstantOfShape", [shape]), where.places, x])
+def pad(g: Graph, x: str, mask: Value) -> str:
+    """Compacted rows [N, ...] as [B, W, ...]; where a row has fewer, what stands there is any."""
+    return g.op("Gather", [x, ragged(g, mask).places], axis=0)
+
+
+def unpad(g: Graph, x: str, mask: Value, tail: list[int]) -> str:
+    """[B, W, ...] as compacted rows [N, *tail]."""
+    rows = g.op("Reshape", [x, g.const([-1, *tail])])
+    return g.op("Compress", [rows, ragged(g, mask).taken], axis=0)
 
 
 def is_prefix(mask: Value) -> bool:
@@ -151,10 +165,11 @@ def append(g: Graph, op: Appending) -> list[str]:
     kv, width = sizes((op.cache.shape[1], op.cache.shape[3]))
     new = g.name(op.new)
     if isinstance(op, ops.AppendRows):
-        new = pad(g, new, op.mask, [kv, width])
+        new = pad(g, new, op.mask)
     elif not is_prefix(op.mask):
-        picked = g.op("GatherND", [new, ragged(g, op.mask).rows])
-        new = pad(g, picked, op.mask, [kv, width])
+        flat = g.op("Reshape", [new, g.const([-1, kv, width])])
+        among = g.op("Reshape", [g.name(op.mask), g.const([-1])])
+        new = pad(g, g.op("Compress", [flat, among], axis=0), op.mask)
     new = _stored(g, g.op("Transpose", [new], perm=[0, 2, 1, 3]), op.scale)
     wanted = g.wanted.get(op.y)
     outputs = [wanted] if wanted else None
@@ -207,8 +222,7 @@ def attend(g: Graph, op: ops.Attend | ops.AttendRows) -> list[str]:
     heads, width = sizes(op.q.shape[-2:])
     q, limit = g.name(op.q), g.name(op.limit)
     if isinstance(op, ops.AttendRows):
-        q = pad(g, q, op.mask, [heads, width])
-        limit = _pad_limits(g, limit, op.mask)
+        q, limit = pad(g, q, op.mask), pad(g, limit, op.mask)
     q = g.op("Transpose", [q], perm=[0, 2, 1, 3])
     most = g.op("ReduceMax", [g.op("Reshape", [limit, g.const([-1])]), g.const([0])], keepdims=1)
     most = g.op("Max", [most, g.const([1])])
@@ -229,16 +243,9 @@ def attend(g: Graph, op: ops.Attend | ops.AttendRows) -> list[str]:
     y = g.op("Attention", [q, keys, values, mask], scale=op.scale)
     y = g.op("Transpose", [y], perm=[0, 2, 1, 3])
     if isinstance(op, ops.AttendRows):
-        return [g.op("GatherND", [y, ragged(g, op.mask).places])]
+        return [unpad(g, y, op.mask, [heads, width])]
     some = g.op("Unsqueeze", [g.op("Greater", [limit, g.const(0)]), g.const([2, 3])])
     return [g.op("Where", [some, y, g.const(0.0, np.float32)])]
-
-
-def _pad_limits(g: Graph, limit: str, mask: Value) -> str:
-    where = ragged(g, mask)
-    shape = g.op("Concat", [g.op("Shape", [where.count]), where.width], axis=0)
-    zero = g.op("ConstantOfShape", [shape])
-    return g.op("ScatterND", [g.op("Cast", [zero], to=I64), where.places, limit])
 
 
 def _with_append(g: Graph, op: ops.Attend | ops.AttendRows) -> str:
@@ -248,24 +255,38 @@ def _with_append(g: Graph, op: ops.Attend | ops.AttendRows) -> str:
         raise TypeError("no pair of appends")
     heads, width = sizes(op.q.shape[-2:])
     kv = sizes(key.cache.shape[1:2])[0]
-    parts = [(op.q, heads), (key.new, kv), (value.new, kv)]
     compact = isinstance(op, ops.AttendRows)
+    rotation = _rotation(op.q, key.new)
+    parts = [op.q, key.new, value.new]
+    if rotation is not None:
+        parts[:2] = [rope.x for rope in rotation]
+    whole = _joined(parts)
     inputs: list[str] = []
-    for tensor, count in parts:
+    for tensor in parts if whole is None else [whole]:
         x = g.name(tensor)
-        if compact:
-            flat = g.op("Reshape", [x, g.const([-1, count * width])])
-            inputs.append(pad(g, flat, key.mask, [count * width]))
-        else:
-            inputs.append(g.op("Reshape", [x, g.const([0, 0, count * width])]))
-    count = _count(g, key.mask)
+        count = sizes(tensor.shape[-1:])[0]
+        if tensor.type.rank == (3 if compact else 4):
+            count *= sizes(tensor.shape[-2:-1])[0]
+            x = g.op("Reshape", [x, g.const([-1, count] if compact else [0, 0, count])])
+        inputs.append(pad(g, x, key.mask) if compact else x)
+    inputs += [""] * (3 - len(inputs))
+    where = ragged(g, key.mask)
     start = g.op("Cast", [g.name(key.length)], to=I32)
-    last = g.op("Sub", [g.op("Add", [start, count]), g.const(1, np.int32)])
-    last = g.op("Max", [last, g.const(0, np.int32)])
+    before = g.op("Reshape", [where.before, g.const([-1])])
+    last = g.op("Max", [g.op("Add", [start, before]), g.const(0, np.int32)])
     capacity = g.op("Squeeze", [g.op("Cast", [g.size(key.cache.shape[2])], to=I32), g.const([0])])
+    turned: dict[str, Any] = {}
+    tables = [""] * 3
+    if rotation is not None:
+        cos, sin, rows = rope_tables(g, rotation[0].theta, width)
+        positions = g.name(rotation[0].positions)
+        tables = [cos, sin, pad(g, positions, key.mask) if compact else positions]
+        # No token lies beyond the context; buffers may.
+        capacity = g.op("Min", [capacity, g.const(rows, np.int32)])
+        turned["do_rotary"] = 1
     scales = [(scale and _scale(g, scale)) or "" for scale in (key.scale, value.scale)]
     inputs += [g.name(key.cache), g.name(value.cache), last, capacity]
-    inputs += [*[""] * 5, *scales, *[""] * 2, count]
+    inputs += [*tables, *[""] * 2, *scales, *[""] * 2, where.count]
     codes: dict[str, Any] = {}
     if all(scales):
         codes = dict.fromkeys(("k_quant_type", "v_quant_type"), "PER_CHANNEL")
@@ -283,12 +304,37 @@ def _with_append(g: Graph, op: ops.Attend | ops.AttendRows) -> str:
         kv_num_heads=kv,
         scale=op.scale,
         **codes,
+        **turned,
     )
     g.names[key.y], g.names[value.y] = caches
     if compact:
-        y = g.op("GatherND", [out, ragged(g, key.mask).places])
-        return g.op("Reshape", [y, g.const([-1, heads, width])])
+        return unpad(g, out, key.mask, [heads, width])
     return g.op("Reshape", [out, g.const([0, 0, heads, width])])
+
+
+def _rotation(q: Value, k: Value) -> tuple[ops.Rope, ops.Rope] | None:
+    """The rotations of queries and keys, if the attention can do both: in heads of 16 · n."""
+    one, other = q.op, k.op
+    if not isinstance(one, ops.Rope) or not isinstance(other, ops.Rope):
+        return None
+    if sizes(q.shape[-1:])[0] % 16:
+        return None
+    alike = (one.positions, one.theta) == (other.positions, other.theta)
+    return (one, other) if alike else None
+
+
+def _joined(parts: Sequence[Value]) -> Value | None:
+    """What queries, keys and values are slices of, one after the other and nothing else."""
+    cuts = [_content(value).op for value in parts]
+    end = 0
+    for cut in cuts:
+        if not isinstance(cut, ops.Slice) or cut.start != end:
+            return None
+        if cut.x is not cast(ops.Slice, cuts[0]).x or cut.dim != cut.x.type.rank - 1:
+            return None
+        end = cut.stop
+    whole = cast(ops.Slice, cuts[0]).x
+    return whole if end == whole.shape[-1] else None
 
 
 def _count(g: Graph, mask: Value) -> str:

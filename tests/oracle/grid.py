@@ -57,7 +57,7 @@ GATED_FIELDS: dict[str, tuple[Any, ...]] = {
 MODEL_FIELDS: dict[str, tuple[Any, ...]] = {
     "num_hidden_layers": (4, 5),
     "num_key_value_heads": (2, 1, 4),
-    "head_dim": (None, 8, 12),
+    "head_dim": (None, 16, 12),
     "rms_norm_eps": (1e-6, 1e-3),
     "rope_theta": (10000.0, 100.0),
     "tie_word_embeddings": (False, True),

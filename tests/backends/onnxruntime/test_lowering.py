@@ -122,6 +122,8 @@ def test_generated_modules(optimised: bool, tmp_path: Path) -> None:
                 if value.is_floating_point():
                     error = (value - wanted).abs().max() if value.numel() else 0.0
                     assert error <= allowed, f"{where}: {error}, {allowed} allowed"
+                elif value.dtype == torch.int8:  # near a tie, float32 may round the other way
+                    assert (value.int() - wanted.int()).abs().max() <= 1, where
                 else:
                     assert torch.equal(value, single[key]), where
         tried += 1

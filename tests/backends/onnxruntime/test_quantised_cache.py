@@ -113,4 +113,4 @@ def test_some_policies_scopes_and_head_sizes_are_among_them() -> None:
     gates = [config["depth_gate"] for config in configs if "depth_gate" in config]
     assert {gate["kv_policy"] for gate in gates} == {"own", "drop", "inherit"}
     assert {gate["scope"] for gate in gates} == {"layer", "attn", "ffn", "attn_ffn"}
-    assert {config.get("head_dim") for config in configs} >= {8, 12}
+    assert {config.get("head_dim") for config in configs} >= {16, 12}
