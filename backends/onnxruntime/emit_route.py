@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from typing import Any
+
 import numpy as np
 
 from liquidc.backends.onnxruntime.emit_tensor import Emit
 from liquidc.backends.onnxruntime.graph import ELEMENT, Graph
-from liquidc.ir import DType, Op, ops
+from liquidc.ir import DType, Op, Value, ops
 from liquidc.ir.weights import sizes
 
 F32 = np.float32
@@ -14,22 +17,101 @@ F32_ONNX = ELEMENT[DType.F32]
 
 
 def depth_gate(g: Graph, op: ops.DepthGate) -> list[str]:
-    """The rules of `ops.DepthGate`, one after the other."""
-    score = g.name(op.score)
-    columns = [g.op("Unsqueeze", [g.name(v), g.const([1])]) for v in (op.bias, op.min_depth)]
-    biased = g.op("Sigmoid", [g.op("Add", [score, columns[0]])])
+    """The rules of `ops.DepthGate` as two bounds: of the score, and of the layers executed."""
+    bounds = _bounds(g, op)
+    score = g.op("Reshape", [g.name(op.score), g.shape((1, *op.score.shape))])
+    biased = g.op("Sigmoid", [g.op("Add", [score, bounds.bias])])
     compare = "Greater" if op.compare == "gt" else "GreaterOrEqual"
-    mask = g.op(compare, [biased, g.const(op.threshold, F32)])
-    need = g.op("Sub", [columns[1], g.name(op.executed)])
-    mask = g.op("Or", [mask, g.op("GreaterOrEqual", [need, g.const(op.remaining)])])
-    if op.reserved:
-        first = g.op("Less", [g.name(op.positions), g.const(op.reserved)])
-        mask = g.op("Or", [mask, first])
-    force, zero = g.name(op.force), g.const(0, np.int8)
-    # Forced: force > 0 runs, force < 0 does not.
-    mask = g.op("And", [mask, g.op("Equal", [force, zero])])
-    mask = g.op("Or", [mask, g.op("Greater", [force, zero])])
-    return [g.op("And", [mask, g.name(op.valid)]), g.op("Sigmoid", [score])]
+    decided = g.op(compare, [biased, bounds.thresholds[op]])
+    needed = g.op("LessOrEqual", [g.name(op.executed), bounds.floors[op]])
+    stacked = [g.op("Or", [decided, needed]), g.op("Sigmoid", [score])]
+    return [g.unstack(x, op.score.shape) for x in stacked]
+
+
+@dataclass(frozen=True)
+class Bounds:
+    """What decides besides scores, for all gates of a function at once.
+
+    Attributes:
+        bias: f32[1, B, 1].
+        thresholds: f32[1, B, T] by gate; no score is above that of a token which must not run.
+        floors: i64[1, B, T] by gate: a token that executed no more layers runs.
+    """
+
+    bias: str
+    thresholds: dict[ops.DepthGate, str]
+    floors: dict[ops.DepthGate, str]
+
+
+MOST = 2**31
+"""More layers than any model has."""
+
+
+def _bounds(g: Graph, op: ops.DepthGate) -> Bounds:
+    """Those of a gate and the ones that are told the same; made once in a graph."""
+    told = (op.valid, op.positions, op.bias, op.min_depth)
+    known = g.remember(("bounds", *told))
+    if known is not None and op in known.floors:
+        return known
+    gates = [u for u in op.valid.uses if isinstance(u, ops.DepthGate)]
+    gates = [u for u in gates if (u.valid, u.positions, u.bias, u.min_depth) == told]
+    gates.sort(key=lambda gate: gate.gate)
+    forces = _forces(g, gates)
+    if forces is None:
+        gates, forces = [op], g.op("Reshape", [g.name(op.force), g.const([1, 1, 1])])
+    zero = g.const(0, np.int8)
+    free, forced = g.op("Equal", [forces, zero]), g.op("Greater", [forces, zero])
+    valid = g.op("Unsqueeze", [g.name(op.valid), g.const([0])])
+    asked = g.op("Reshape", [g.name(op.min_depth), g.const([1, -1, 1])])
+
+    def column(values: list[Any], dtype: Any) -> str:
+        return g.const(np.array(values).reshape(-1, 1, 1), dtype)
+
+    floor = g.op("Sub", [asked, column([gate.remaining for gate in gates], np.int64)])
+    if any(gate.reserved for gate in gates):
+        place = g.op("Unsqueeze", [g.name(op.positions), g.const([0])])
+        first = g.op("Less", [place, column([gate.reserved for gate in gates], np.int64)])
+        floor = g.op("Where", [first, g.const(MOST), floor])
+    ruled = g.op("Where", [forced, g.const(MOST), g.const(-1)])
+    floor = g.op("Where", [valid, g.op("Where", [free, floor, ruled]), g.const(-1)])
+    threshold = column([gate.threshold for gate in gates], F32)
+    open_ = g.op("And", [valid, free])
+    threshold = g.op("Where", [open_, threshold, g.const(np.inf, F32)])
+    known = Bounds(
+        g.op("Reshape", [g.name(op.bias), g.const([1, -1, 1])]),
+        dict(zip(gates, _each(g, threshold, len(gates)), strict=True)),
+        dict(zip(gates, _each(g, floor, len(gates)), strict=True)),
+    )
+    g.memo["bounds", *told] = known
+    return known
+
+
+def _each(g: Graph, x: str, count: int) -> list[str]:
+    """[count, ...] as so many [1, ...]."""
+    if count == 1:
+        return [x]
+    return list(g.op("Split", [x], count, axis=0, num_outputs=count))
+
+
+def _forces(g: Graph, gates: list[ops.DepthGate]) -> str | None:
+    """What the gates are forced to, i8[G, 1, 1], if they all read it from one argument."""
+    places: list[int] = []
+    source: Value | None = None
+    for gate in gates:
+        value = gate.force
+        while isinstance(value.op, ops.Reshape):
+            value = value.op.x
+        cut = value.op
+        if not isinstance(cut, ops.Slice) or cut.x.type.rank != 1 or cut.stop - cut.start != 1:
+            return None
+        if cut.x.op is not None or source not in (None, cut.x):
+            return None
+        source = cut.x
+        places.append(cut.start)
+    if source is None:
+        return None
+    picked = g.op("Gather", [g.name(source), g.const(places)], axis=0)
+    return g.op("Reshape", [picked, g.const([-1, 1, 1])])
 
 
 def fixed_gate(g: Graph, op: ops.FixedGate) -> list[str]:
