@@ -78,6 +78,7 @@ class Session:
         self.capacity = capacity
         self.lengths = np.zeros(batch, np.int64)
         self._cache: Cache = runner.new_cache(batch, capacity)
+        self._checked: DepthControls | None = None
         self._inputs = {spec.name for spec in manifest.functions["prefill"].inputs}
 
     @property
@@ -112,7 +113,9 @@ class Session:
         """
         rows = self._rows(ids)
         depth = depth or DepthControls()
-        check_controls(self._manifest, depth)
+        if depth is not self._checked:
+            check_controls(self._manifest, depth)
+            self._checked = depth
         count = max(map(len, rows))
         step = count if not self._can_continue else min(chunk or CHUNK, count)
         lengths = np.array([len(row) for row in rows], np.int64)
@@ -130,6 +133,8 @@ class Session:
                 last = result.logits
             elif not every:
                 last = np.where(ends[:, None, None], result.logits, last)
+        if len(parts) == 1:
+            return parts[0]
         logits = np.concatenate([p.logits for p in parts], 1) if every else last
         return StepResult(
             cast(NDArray[np.float32], logits),

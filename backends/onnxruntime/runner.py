@@ -7,7 +7,7 @@ import re
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,23 +29,36 @@ LOG_SEVERITY = 3
 
 @dataclass(slots=True)
 class OrtCache:
-    """Buffers by the names `past.*`, and the lengths i64[L, B]."""
+    """Buffers by the names `past.*`, and the lengths i64[L, B].
+
+    Attributes:
+        slots: of each buffer.
+        bindings: past and present bound to the buffers, by the runner that did it.
+    """
 
     batch: int
     capacity: int
     buffers: dict[str, Any]
     length: NDArray[np.int64]
+    slots: int = 0
+    bindings: dict[Any, Any] = field(default_factory=dict[Any, Any])
+
+    def __post_init__(self) -> None:
+        self.slots = self.capacity
 
     def reserve(self, tokens: int) -> None:
         """Room for a call of `tokens`: padding is written after the last token of a shorter row."""
         most = int(self.length.max(initial=0)) + tokens
+        if most <= self.slots:
+            return
         for name, buffer in self.buffers.items():
-            rows, heads, slots, width = buffer.shape()
-            if most > slots:
-                old = buffer.numpy()
-                larger = np.zeros((rows, heads, most, width), old.dtype)
-                larger[:, :, :slots] = old
-                self.buffers[name] = ort.OrtValue.ortvalue_from_numpy(larger)
+            old = buffer.numpy()
+            rows, heads, _, width = old.shape
+            larger = np.zeros((rows, heads, most, width), old.dtype)
+            larger[:, :, : self.slots] = old
+            self.buffers[name] = ort.OrtValue.ortvalue_from_numpy(larger)
+        self.slots = most
+        self.bindings.clear()
 
     @property
     def kv_len(self) -> NDArray[np.int64]:
@@ -91,6 +104,11 @@ class OrtRunner(Runner):
         )
         self._inputs = {node.name for node in self._session.get_inputs()}
         self._outputs = [node.name for node in self._session.get_outputs()]
+        self._told = {
+            name: place
+            for place, name in enumerate(self._outputs)
+            if _past(name) not in self._inputs
+        }
         self.guard = Guard() if "path_tried" in self._outputs else None
 
     def new_cache(self, batch: int, capacity: int) -> Cache:
@@ -111,32 +129,36 @@ class OrtRunner(Runner):
         if not isinstance(cache, OrtCache):
             raise InternalError("a cache of another runner")
         cache.reserve(inputs["input_ids"].shape[1])
-        binding = self._session.io_binding()
+        binding = cache.bindings.get(self)
+        if binding is None:
+            binding = cache.bindings[self] = self._bound(cache)
         for name, array in inputs.items():
             if name in self._inputs:
                 binding.bind_cpu_input(name, np.ascontiguousarray(array))
         if "kv_len" in self._inputs:
             binding.bind_cpu_input("kv_len", cache.length)
-        for name, buffer in cache.buffers.items():
-            binding.bind_ortvalue_input(name, buffer)
-        for name in self._outputs:
-            buffer = cache.buffers.get(name.replace("present.", "past.", 1))
-            if buffer is None:
-                binding.bind_output(name, "cpu")
-            else:
-                binding.bind_ortvalue_output(name, buffer)
+        for name in self._told:  # bound anew, or the buffers of the last call would be written
+            binding.bind_output(name, "cpu")
         self._session.run_with_iobinding(binding)
-        results = dict(zip(self._outputs, binding.get_outputs(), strict=True))
-        out = {
-            name: value.numpy()
-            for name, value in results.items()
-            if name.replace("present.", "past.", 1) not in cache.buffers
-        }
+        results = binding.get_outputs_as_ortvaluevector()
+        out = {name: results[place].numpy() for name, place in self._told.items()}
         if "present.kv_len" in out:
             cache.length = out.pop("present.kv_len")
         if self.guard is not None:
             self.guard.count(out)
         return out
+
+    def _bound(self, cache: OrtCache) -> Any:
+        """The buffers as past and as present; results come in the order of the outputs."""
+        binding = self._session.io_binding()
+        for name, buffer in cache.buffers.items():
+            binding.bind_ortvalue_input(name, buffer)
+        for name in self._outputs:
+            if name in self._told:
+                binding.bind_output(name, "cpu")
+            else:
+                binding.bind_ortvalue_output(name, cache.buffers[_past(name)])
+        return binding
 
     def profile(self, work: Callable[[Runner], None]) -> Trace:
         """See `Runner`: ONNX Runtime's own profile, read by the nodes' names and shapes."""
@@ -166,6 +188,11 @@ class OrtRunner(Runner):
     def close(self) -> None:
         """Free the session."""
         self._session = None
+
+
+def _past(name: str) -> str:
+    """The argument that a result `present.*` is next time."""
+    return name.replace("present.", "past.", 1)
 
 
 _GATED = re.compile(r"(fused )?(?P<label>layer\d+(/attn|/ffn)?)/run/Gemm_kernel_time")
