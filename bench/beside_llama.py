@@ -39,10 +39,13 @@ from liquidc.pipeline import compile_model
 from liquidc.plan import CompileOptions
 from liquidc.runtime import Engine
 
-SCHEMES = {"Q4_0": "int4{head=same}", "Q8_0": "int8"}
-"""What liquidc is asked for beside each type: blocks of 32 in both."""
+SCHEMES = {"Q4_0": "int4{{head=same,block={block}}}", "Q8_0": "int8"}
+"""What liquidc is asked for beside each type. Q4_0 has a float16 scale for 32 weights, 4.5 bits a
+weight; int4 has a float32 scale, which is as many bits with blocks of 64."""
 LEVELS = (100, 50)
 WARM_UP = 3
+PAUSE = 0.05
+"""Seconds before a turn: threads of the runtime that had the last one no longer wait actively."""
 
 
 def shape(kind: str, layers: int) -> LiquidConfig:
@@ -109,20 +112,21 @@ def measure(kind: str, type: str, options: argparse.Namespace) -> dict[str, Any]
         gguf, directory = Path(scratch) / "model.gguf", Path(scratch) / "engine"
         write(gguf, config, type)
         model = LiquidForCausalLM(config).eval()
-        compile_model(model, directory, CompileOptions(quantize=SCHEMES[type]))
+        scheme = SCHEMES[type].format(block=options.block)
+        compile_model(model, directory, CompileOptions(quantize=scheme))
         del model
         llama = Llama(gguf, options.cached + options.steps + WARM_UP, options.threads)
-        with liquidc.load(directory, options=RunnerOptions(bench=True)) as engine:
+        with liquidc.load(directory, options=RunnerOptions(threads=options.threads)) as engine:
             for turn in range(-1, options.turns):
                 order = list(seconds) if turn % 2 else list(reversed(seconds))
                 for name in order:
+                    time.sleep(PAUSE)
                     if name == "llama.cpp":
                         timed = llama.decode(tokens, options.cached, options.steps)
                     else:
                         timed = decode(engine, tokens, options.cached, options.steps, int(name))
                     if turn >= 0:
                         seconds[name].append(float(np.median(timed)))
-            note = engine.runner.bench_note
         llama.close()
         sizes = {"gguf": gguf.stat().st_size, "engine": (directory / "weights.bin").stat().st_size}
     theirs = seconds["llama.cpp"]
@@ -135,11 +139,10 @@ def measure(kind: str, type: str, options: argparse.Namespace) -> dict[str, Any]
     return {
         "shape": kind,
         "type": type,
-        "scheme": SCHEMES[type],
+        "scheme": scheme,
         "rows": rows,
         "ms_median": medians,
         "bytes": sizes,
-        "settings": note,
     }
 
 
@@ -153,6 +156,7 @@ def main() -> None:
     )
     parser.add_argument("--shape", choices=["dense", "moe"], action="append")
     parser.add_argument("--type", choices=list(SCHEMES), action="append")
+    parser.add_argument("--block", type=int, default=64, help="of int4: 32, 64 or 128 (default 64)")
     parser.add_argument("--turns", type=int, default=30, help="alternations (default 30)")
     parser.add_argument("--steps", type=int, default=16, help="steps of a turn (default 16)")
     parser.add_argument("--cached", type=int, default=16, help="tokens in the cache (default 16)")

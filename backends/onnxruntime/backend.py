@@ -117,16 +117,16 @@ class OnnxRuntimeBackend(Backend):
         import onnx
 
         from liquidc.backends.onnxruntime.emit import read_lowered
+        from liquidc.backends.onnxruntime.settle import stored, weight_name
 
         weights: dict[str, WeightExpr] = {}
         offsets: dict[str, int] = {}
         for name in sorted(name for name in manifest.files if name.endswith(".onnx")):
             model = onnx.load(engine / name, load_external_data=False)
             weights |= read_lowered(model).weights
-            for tensor in model.graph.initializer:
+            for tensor in stored(model.graph):
                 told = {entry.key: entry.value for entry in tensor.external_data}
-                if "offset" in told:
-                    offsets[tensor.name] = int(told["offset"])
+                offsets[weight_name(tensor)] = int(told["offset"])
         return stored_weights(engine / NAME, weights, offsets)
 
     def runner(self, engine: Path, manifest: Manifest, options: RunnerOptions) -> Runner:

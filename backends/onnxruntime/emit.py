@@ -25,10 +25,11 @@ from liquidc.backends.onnxruntime.graph import (
     Graph,
     Shared,
 )
+from liquidc.backends.onnxruntime.settle import settle, stored, weight_name
 from liquidc.backends.onnxruntime.tidy import tidy
 from liquidc.backends.weights_file import byte_size
 from liquidc.errors import UnsupportedError
-from liquidc.ir import Block, Function, Module, Op, TensorType, Value, ops, parse_module
+from liquidc.ir import Block, DType, Function, Module, Op, TensorType, Value, ops, parse_module
 from liquidc.ir.experts import layers_of_experts
 from liquidc.ir.types import dim_names
 from liquidc.ir.weights import WeightExpr, sizes
@@ -84,6 +85,7 @@ def lower(
         graph.nodes, module.name, inputs, outputs, [*shared.initializers, *weights]
     )
     tidy(proto)
+    settle(proto)
     model = helper.make_model(
         proto,
         opset_imports=[helper.make_opsetid("", OPSET), helper.make_opsetid(CONTRIB, 1)],
@@ -97,16 +99,12 @@ def place(lowered: Lowered, file: str, offsets: Mapping[str, int]) -> onnx.Model
     """The model whose weights are at `offsets` of `file`."""
     model = onnx.ModelProto()
     model.CopyFrom(lowered.model)
-    for tensor in model.graph.initializer:
-        if tensor.name in lowered.weights:
-            length = byte_size(lowered.weights[tensor.name].type)
-            tensor.data_location = onnx.TensorProto.EXTERNAL
-            for key, value in (
-                ("location", file),
-                ("offset", offsets[tensor.name]),
-                ("length", length),
-            ):
-                tensor.external_data.add(key=key, value=str(value))
+    for tensor in stored(model.graph):
+        name = weight_name(tensor)
+        length = byte_size(lowered.weights[name].type)
+        tensor.data_location = onnx.TensorProto.EXTERNAL
+        for key, value in (("location", file), ("offset", offsets[name]), ("length", length)):
+            tensor.external_data.add(key=key, value=str(value))
     return model
 
 
@@ -116,8 +114,8 @@ def read_lowered(model: onnx.ModelProto) -> Lowered:
     Raises:
         IRError: one of them can't be read.
     """
-    named = [tensor for tensor in model.graph.initializer if tensor.doc_string]
-    text = "".join(f"weight @{tensor.name} : {tensor.doc_string}\n" for tensor in named)
+    named = {weight_name(tensor): tensor.doc_string for tensor in stored(model.graph)}
+    text = "".join(f"weight @{name} : {told}\n" for name, told in named.items())
     return Lowered(model, parse_module(f"module @lowered\n{text}", "the model's weights").weights)
 
 
@@ -195,11 +193,26 @@ def _conditional(graph: Graph, op: ops.If) -> None:
     for block, part in ((op.then, "run"), (op.otherwise, "skip")):
         arm = graph.arm(f"{label}/{part}")
         emit_block(arm, block)
-        arm.finish([arm.name(value) for value in block.terminator.operands])
+        yielded = zip(op.results, block.terminator.operands, strict=True)
+        arm.finish(
+            [
+                arm.flat(arm.name(value), value.shape)
+                if _in_rows(graph, result)
+                else arm.name(value)
+                for result, value in yielded
+            ]
+        )
         arms.append(arm)
     names = [
         graph.wanted.get(v) or graph.shared.unique(f"{label}:{i}") for i, v in enumerate(op.results)
     ]
     graph.conditional(graph.name(op.cond), arms[0], arms[1], len(names), outputs=names)
     for value, name in zip(op.results, names, strict=True):
-        graph.names[value] = name
+        rows = _in_rows(graph, value)
+        graph.names[value] = graph.unflat(name, value.shape) if rows else name
+
+
+def _in_rows(graph: Graph, result: Value) -> bool:
+    """Whether a conditional yields rows: hidden states, which products and norms read so."""
+    hidden = result.type.rank == 3 and result.dtype is DType.F32
+    return hidden and isinstance(result.shape[-1], int) and result not in graph.wanted

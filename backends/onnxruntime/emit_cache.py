@@ -17,7 +17,7 @@ from liquidc.backends.onnxruntime.emit_nn import rope_tables
 from liquidc.backends.onnxruntime.emit_tensor import Emit
 from liquidc.backends.onnxruntime.graph import ELEMENT, Graph
 from liquidc.errors import UnsupportedError
-from liquidc.ir import DType, Op, Value, ops
+from liquidc.ir import Dim, DType, Op, Value, ops
 from liquidc.ir.weights import sizes
 
 I8 = ELEMENT[DType.I8]
@@ -30,27 +30,35 @@ def rows(g: Graph, op: ops.Rows) -> list[str]:
     """The true places of the mask, flat."""
     found = g.op("NonZero", [g.op("Reshape", [g.name(op.mask), g.const([-1])])])
     y = g.op("Reshape", [found, g.const([-1])])
+    g.memo["places", y] = g.op("Reshape", [found, g.const([-1, 1])])
     g.dims[op.dim] = g.op("Shape", [y])
     return [y]
 
 
 def gather_rows(g: Graph, op: ops.GatherRows) -> list[str]:
-    """Gather over the tokens as one dimension."""
+    """GatherND over the tokens as one dimension."""
     tail = sizes(op.x.shape[2:])
     if len(tail) == 1:
         flat = g.flat(g.name(op.x), op.x.shape)
     else:
         flat = g.op("Reshape", [g.name(op.x), g.const([-1, *tail])])
-    return [g.op("Gather", [flat, g.name(op.rows)], axis=0)]
+    return [g.op("GatherND", [flat, _places(g, op.rows)])]
+
+
+def _places(g: Graph, rows: Value) -> str:
+    """Flat places as indices i64[N, 1]."""
+    name = g.name(rows)
+    return g.remember(("places", name)) or g.op("Unsqueeze", [name, g.const([1])])
 
 
 def scatter_rows(g: Graph, op: ops.ScatterRows) -> list[str]:
     """ScatterND over the tokens as one dimension."""
     tail = sizes(op.base.shape[2:])
-    flat = g.op("Reshape", [g.name(op.base), g.const([-1, *tail])])
-    places = g.op("Unsqueeze", [g.name(op.rows), g.const([1])])
-    y = g.op("ScatterND", [flat, places, g.name(op.update)])
-    return [g.op("Reshape", [y, g.shape(op.y.shape)])]
+    rows = len(tail) == 1
+    base = g.name(op.base)
+    flat = g.flat(base, op.base.shape) if rows else g.op("Reshape", [base, g.const([-1, *tail])])
+    y = g.op("ScatterND", [flat, _places(g, op.rows), g.name(op.update)])
+    return [g.unflat(y, op.y.shape) if rows else g.op("Reshape", [y, g.shape(op.y.shape)])]
 
 
 def take_tokens(g: Graph, op: ops.TakeTokens) -> list[str]:
@@ -64,7 +72,7 @@ class Ragged:
     """Masked tokens moved to the front of their batch row: [B, W, ...], W the widest row.
 
     Attributes:
-        count: tokens of each row, i32[B].
+        count: tokens of each row, i32[B, 1].
         before: tokens of the row but one, i32[B, 1]: a row of none has -1.
         places: which compacted token stands where, i32[B, W]; beyond a row's own, some other.
         taken: bool[B · W], where a row has tokens.
@@ -81,13 +89,12 @@ def ragged(g: Graph, mask: Value) -> Ragged:
     known = g.remember(("ragged", mask))
     if known is None:
         count = _count(g, mask)
-        column = g.op("Unsqueeze", [count, g.const([1])])
-        before = g.op("Sub", [column, g.const(1, np.int32)])
-        first = g.op("CumSum", [column, g.const(0)], exclusive=1)
-        width = g.op("ReduceMax", [count, g.const([0])], keepdims=0)
+        before = g.op("Sub", [count, g.const(1, np.int32)])
+        first = g.op("CumSum", [count, g.const(0)], exclusive=1)
+        width = g.op("ReduceMax", [count, g.const([0, 1])], keepdims=0)
         rank = g.op("Range", [g.const(0, np.int32), width, g.const(1, np.int32)])
         places = g.op("Add", [first, g.op("Min", [rank, before])])
-        taken = g.op("Reshape", [g.op("Less", [rank, column]), g.const([-1])])
+        taken = g.op("Reshape", [g.op("Less", [rank, count]), g.const([-1])])
         known = Ragged(count, before, places, taken)
         g.memo["ragged", mask] = known
     return known
@@ -98,10 +105,13 @@ def pad(g: Graph, x: str, mask: Value) -> str:
     return g.op("Gather", [x, ragged(g, mask).places], axis=0)
 
 
-def unpad(g: Graph, x: str, mask: Value, tail: list[int]) -> str:
-    """[B, W, ...] as compacted rows [N, *tail]."""
-    rows = g.op("Reshape", [x, g.const([-1, *tail])])
-    return g.op("Compress", [rows, ragged(g, mask).taken], axis=0)
+def unpad(g: Graph, x: str, mask: Value, shape: Sequence[Dim]) -> str:
+    """[B, W, ...] as compacted rows of the shape [N, heads, width]."""
+    count, heads, width = shape
+    merged = heads * width if isinstance(heads, int) and isinstance(width, int) else -1
+    rows = g.op("Reshape", [x, g.const([-1, merged])])
+    rows = g.op("Compress", [rows, ragged(g, mask).taken], axis=0)
+    return g.viewed(rows, (count, merged), shape)
 
 
 def is_prefix(mask: Value) -> bool:
@@ -219,7 +229,6 @@ def attend(g: Graph, op: ops.Attend | ops.AttendRows) -> list[str]:
     key = op.key.op
     if isinstance(key, Appending) and fused_with(key) is op:
         return [_with_append(g, op)]
-    heads, width = sizes(op.q.shape[-2:])
     q, limit = g.name(op.q), g.name(op.limit)
     if isinstance(op, ops.AttendRows):
         q, limit = pad(g, q, op.mask), pad(g, limit, op.mask)
@@ -243,7 +252,7 @@ def attend(g: Graph, op: ops.Attend | ops.AttendRows) -> list[str]:
     y = g.op("Attention", [q, keys, values, mask], scale=op.scale)
     y = g.op("Transpose", [y], perm=[0, 2, 1, 3])
     if isinstance(op, ops.AttendRows):
-        return [unpad(g, y, op.mask, [heads, width])]
+        return [unpad(g, y, op.mask, op.y.shape)]
     some = g.op("Unsqueeze", [g.op("Greater", [limit, g.const(0)]), g.const([2, 3])])
     return [g.op("Where", [some, y, g.const(0.0, np.float32)])]
 
@@ -271,9 +280,9 @@ def _with_append(g: Graph, op: ops.Attend | ops.AttendRows) -> str:
         inputs.append(pad(g, x, key.mask) if compact else x)
     inputs += [""] * (3 - len(inputs))
     where = ragged(g, key.mask)
-    start = g.op("Cast", [g.name(key.length)], to=I32)
-    before = g.op("Reshape", [where.before, g.const([-1])])
-    last = g.op("Max", [g.op("Add", [start, before]), g.const(0, np.int32)])
+    start = g.op("Reshape", [g.name(key.length), g.const([-1, 1])])
+    start = g.op("Cast", [start], to=I32)
+    last = g.op("Max", [g.op("Add", [start, where.before]), g.const(0, np.int32)])
     capacity = g.op("Squeeze", [g.op("Cast", [g.size(key.cache.shape[2])], to=I32), g.const([0])])
     turned: dict[str, Any] = {}
     tables = [""] * 3
@@ -286,7 +295,8 @@ def _with_append(g: Graph, op: ops.Attend | ops.AttendRows) -> str:
         turned["do_rotary"] = 1
     scales = [(scale and _scale(g, scale)) or "" for scale in (key.scale, value.scale)]
     inputs += [g.name(key.cache), g.name(value.cache), last, capacity]
-    inputs += [*tables, *[""] * 2, *scales, *[""] * 2, where.count]
+    count = g.op("Reshape", [where.count, g.const([-1])])
+    inputs += [*tables, *[""] * 2, *scales, *[""] * 2, count]
     codes: dict[str, Any] = {}
     if all(scales):
         codes = dict.fromkeys(("k_quant_type", "v_quant_type"), "PER_CHANNEL")
@@ -308,7 +318,7 @@ def _with_append(g: Graph, op: ops.Attend | ops.AttendRows) -> str:
     )
     g.names[key.y], g.names[value.y] = caches
     if compact:
-        return unpad(g, out, key.mask, [heads, width])
+        return unpad(g, out, key.mask, op.y.shape)
     return g.op("Reshape", [out, g.const([0, 0, heads, width])])
 
 
@@ -338,11 +348,11 @@ def _joined(parts: Sequence[Value]) -> Value | None:
 
 
 def _count(g: Graph, mask: Value) -> str:
-    """Tokens of a mask in each row, i32[B]."""
+    """Tokens of a mask in each row, i32[B, 1]."""
     known = g.remember(("count", mask))
     if known is None:
         whole = g.op("Cast", [g.name(mask)], to=I32)
-        known = g.op("ReduceSum", [whole, g.const([1])], keepdims=0)
+        known = g.op("ReduceSum", [whole, g.const([1])], keepdims=1)
         g.memo["count", mask] = known
     return known
 

@@ -25,7 +25,7 @@ def depth_gate(g: Graph, op: ops.DepthGate) -> list[str]:
     decided = g.op(compare, [biased, bounds.thresholds[op]])
     needed = g.op("LessOrEqual", [g.name(op.executed), bounds.floors[op]])
     stacked = [g.op("Or", [decided, needed]), g.op("Sigmoid", [score])]
-    return [g.unstack(x, op.score.shape) for x in stacked]
+    return [g.viewed(x, (1, *op.score.shape), op.score.shape) for x in stacked]
 
 
 @dataclass(frozen=True)

@@ -86,8 +86,29 @@ def _slice(g: Graph, op: ops.Slice) -> list[str]:
             parts = g.op("Split", [g.name(op.x)], count, axis=op.dim, num_outputs=count)
             g.memo["parts", op.x, op.dim] = parts
         return [parts[op.start]]
+    cuts = _tiles(op)
+    if len(cuts) > 1:
+        parts = g.remember(("tiles", op.x, op.dim))
+        if parts is None:
+            widths = g.const([stop - start for start, stop in cuts])
+            parts = g.op("Split", [g.name(op.x), widths], len(cuts), axis=op.dim)
+            g.memo["tiles", op.x, op.dim] = parts
+        return [parts[cuts.index((op.start, op.stop))]]
     bounds = [g.const([v]) for v in (op.start, op.stop, op.dim)]
     return [g.op("Slice", [g.name(op.x), *bounds])]
+
+
+def _tiles(op: ops.Slice) -> list[tuple[int, int]]:
+    """All slices of the same value in order, if they follow one another from end to end."""
+    cuts: set[tuple[int, int]] = set()
+    for user in op.x.uses:
+        if not isinstance(user, ops.Slice) or user.dim != op.dim:
+            return []
+        cuts.add((user.start, user.stop))
+    ordered = sorted(cuts)
+    ends = [0, *(stop for _, stop in ordered)]
+    joined = [start for start, _ in ordered] == ends[:-1] and ends[-1] == op.x.shape[op.dim]
+    return ordered if joined else []
 
 
 def _concat(g: Graph, op: ops.Concat) -> list[str]:

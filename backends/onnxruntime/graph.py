@@ -205,9 +205,9 @@ class Graph:
         """Reshape, with a constant shape wherever one says it."""
         if tuple(old) == tuple(new):
             return x
-        stacked = self.remember(("stacked", x)) if tuple(new) == (1, *old) else None
-        if stacked is not None:
-            return stacked
+        source, dims = self.remember(("source", x)) or ("", None)
+        if dims == tuple(new):
+            return source
         same = 0
         while same < min(len(old), len(new)) and old[same] == new[same]:
             same += 1
@@ -234,10 +234,11 @@ class Graph:
         self.memo["flat", y] = x
         return y
 
-    def unstack(self, x: str, dims: Sequence[Dim]) -> str:
-        """A value [1, *dims] in the shape `dims`; `reshape` takes it back."""
-        y = self.op("Reshape", [x, self.shape(dims)])
-        self.memo["stacked", y] = x
+    def viewed(self, x: str, old: Sequence[Dim], new: Sequence[Dim]) -> str:
+        """A value of the shape `old` in the shape `new`; `reshape` takes it back."""
+        y = self.reshape(x, old, new)
+        if y != x:
+            self.memo["source", y] = (x, tuple(old))
         return y
 
     def arm(self, prefix: str) -> Graph:

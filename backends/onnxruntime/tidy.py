@@ -17,7 +17,7 @@ import onnx
 from numpy.typing import NDArray
 from onnx import numpy_helper
 
-CHEAP = {"Reshape", "Cast", "Squeeze", "Unsqueeze", "Shape"}
+CHEAP = {"Reshape", "Cast", "Squeeze", "Unsqueeze", "Shape", "Min"}
 """What is moved out of two arms or more that all compute it: nothing that takes time."""
 Key = tuple[Any, ...]
 
