@@ -46,6 +46,18 @@ class Choices:
     fused_experts: bool = False
 
 
+class Journal(Protocol):
+    """What of the files that are written is complete, so that a killed compile can be continued."""
+
+    def held(self, path: Path) -> int:
+        """How many bytes of a file are complete; what follows them is cut off."""
+        ...
+
+    def keep(self, path: Path) -> None:
+        """All that is in a file now is complete."""
+        ...
+
+
 @dataclass(frozen=True, slots=True)
 class StageContext:
     """What a stage may use besides its artefact.
@@ -56,12 +68,14 @@ class StageContext:
         source: where the module's weights are read from.
         advance: called with the number of bytes of weights written, for the progress bar.
         choices: lowerings that were asked for.
+        journal: what of the engine's files is complete; None if nothing needs to be continued.
     """
 
     directory: Path
     source: WeightSource
     advance: Callable[[int], None] = _ignore
     choices: Choices = Choices()
+    journal: Journal | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,13 +13,16 @@ from typing import Any
 
 import torch
 
-from liquidc.backends.base import StoredWeight
+from liquidc.backends.base import Journal, StoredWeight
 from liquidc.ir.types import DType, TensorType
 from liquidc.ir.weights import WeightExpr, WeightSource, evaluate, sizes, torch_dtype
 
 NAME = "weights.bin"
 ALIGNMENT = 4096
 """Every weight starts at a multiple of this many bytes: a page, so that it can be mapped alone."""
+
+KEPT = 64 * 1024 * 1024
+"""Bytes of whole weights after which the journal is told."""
 
 
 def byte_size(type: TensorType) -> int:
@@ -45,26 +48,39 @@ def write_weights(
     weights: Mapping[str, WeightExpr],
     source: WeightSource,
     advance: Callable[[int], None],
+    journal: Journal | None = None,
 ) -> dict[str, int]:
-    """Write the weights.
+    """Write the weights; those that the journal knows to be complete are in the file already.
 
     Args:
         path: the file to write.
         weights: in the order in which they are stored.
         source: where their tensors are read.
         advance: called with the number of bytes after each block.
+        journal: told when a weight is complete, unless there is little since it was told last.
 
     Returns:
         The offset of each weight.
     """
     offsets = layout(weights)
-    with path.open("wb") as file:
+    kept = 0 if journal is None else journal.held(path)
+    with path.open("r+b" if kept else "wb") as file:
+        file.seek(kept)
         for name, expr in weights.items():
+            if offsets[name] + byte_size(expr.type) <= kept:
+                advance(byte_size(expr.type))
+                continue
             file.write(b"\0" * (offsets[name] - file.tell()))
             for block in evaluate(expr, source):
                 data: Any = block.reshape(-1).view(torch.uint8).numpy()
                 file.write(data)
                 advance(data.nbytes)
+            if journal is not None and file.tell() >= kept + KEPT:
+                file.flush()
+                journal.keep(path)
+                kept = file.tell()
+    if journal is not None and path.stat().st_size > kept:
+        journal.keep(path)
     return offsets
 
 

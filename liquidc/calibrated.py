@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import shutil
 from pathlib import Path
 from typing import Any, cast
 
@@ -13,6 +12,7 @@ from liquidc.errors import InputError
 from liquidc.ir.quantised import CALIBRATED
 from liquidc.ir.types import TensorType
 from liquidc.ir.weights import WeightSource, torch_dtype
+from liquidc.journal import Journal
 
 
 class CalibratedSource:
@@ -20,24 +20,32 @@ class CalibratedSource:
 
     Args:
         model: where the model's weights are.
-        directory: made when something is stored; the last one to use it removes it.
+        directory: made when something is stored; who made the source removes it.
+        journal: keeps what is stored; None if nothing needs to be continued.
     """
 
-    def __init__(self, model: WeightSource, directory: Path) -> None:
-        self._model, self._directory = model, directory
+    def __init__(
+        self, model: WeightSource, directory: Path, journal: Journal | None = None
+    ) -> None:
+        self._model, self._directory, self._journal = model, directory, journal
         self._types: dict[str, TensorType] = {}
+        self._stored: dict[str, int] = {}
 
-    def remove(self) -> None:
-        """Remove what was made."""
-        if self._directory.exists():
-            shutil.rmtree(self._directory)
+    def stored(self, name: str, type: TensorType) -> int:
+        """How many elements of the tensor `name` of the type `type` there are already."""
+        if name not in self._stored:
+            held = 0 if self._journal is None else self._journal.held(self._path(name))
+            self._types[name], self._stored[name] = type, held // type.dtype.bytes
+        return self._stored[name]
 
     def append(self, name: str, type: TensorType, rows: torch.Tensor) -> None:
         """Add elements to the tensor `name` of the type `type`, in their order."""
-        self._types[name] = type
+        self._stored[name] = self.stored(name, type) + rows.numel()
         self._directory.mkdir(exist_ok=True)
         with self._path(name).open("ab") as file:
             file.write(cast(Any, rows.contiguous().numpy()))
+        if self._journal is not None:
+            self._journal.keep(self._path(name))
 
     def read_rows(self, name: str, start: int, stop: int) -> torch.Tensor:
         """See `WeightSource`.

@@ -1,8 +1,9 @@
 """The engine directory: written whole or not at all, checked whole before anything is read.
 
 A compile writes to `ENGINE.partial/`, makes every byte durable, writes the manifest last and
-renames the directory into place. Whatever goes wrong before, Ctrl-C included, removes it. The
-directory is locked while it is written, so what a killed compile left is told from one that runs.
+renames the directory into place. Whatever goes wrong before, Ctrl-C included, removes it; but with
+`resume` it stays if anything in it is complete. The directory is locked while it is written, so
+what a killed compile left is told from one that runs.
 """
 
 from __future__ import annotations
@@ -22,13 +23,16 @@ from typing import Self
 
 from liquidc.errors import EngineError, InputError
 from liquidc.interrupt import Interruptible
+from liquidc.journal import Journal
 from liquidc.manifest import MANIFEST, MAX_BYTES, FileInfo, Manifest, parse_manifest
 
 PARTIAL = ".partial"
 REPLACED = ".replaced"
 BUILD_LOG = ".build.json"
 MARK = ".liquidc-partial"
-"""The file that tells our unfinished directory from a user's."""
+"""The file that tells our unfinished directory from a user's: its journal."""
+SCRATCH = "scratch.partial"
+"""Directory in the unfinished one for what is no part of the engine."""
 
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _DENIED = (errno.EACCES, errno.EPERM, errno.EROFS)
@@ -46,8 +50,12 @@ def sha256_file(path: Path) -> str:
 
 
 @contextmanager
-def writing(output: Path) -> Generator[None]:
+def writing(output: Path, *, resume: bool = False) -> Generator[None]:
     """Say in one line that `output` can't be written, when that is what an OSError means.
+
+    Args:
+        output: the engine.
+        resume: what is complete will be kept.
 
     Raises:
         InputError: no space, no permission, a read-only file system.
@@ -57,7 +65,8 @@ def writing(output: Path) -> Generator[None]:
     except OSError as error:
         if error.errno in _FULL:
             reason = f"{output}: {os.strerror(error.errno)}; free some space or write elsewhere"
-            raise InputError(f"{reason}; nothing was written") from None
+            end = "go on with --resume" if resume else "nothing was written"
+            raise InputError(f"{reason}; {end}") from None
         if error.errno in _DENIED:
             raise InputError(f"{output}: can't be written ({os.strerror(error.errno)})") from None
         raise
@@ -69,15 +78,24 @@ class EngineWriter:
     Args:
         output: the engine directory to be; directories above it are made, and unmade on failure.
         force: replace an engine that is there.
+        resume: go on where a killed compile stopped, and keep what is complete if this one stops.
+
+    Attributes:
+        path: the directory to fill.
+        scratch: a directory to be, for files that are removed in the end.
+        journal: what is complete; after a killed compile, what that one completed.
 
     Raises:
         InputError: the output exists, is no engine of ours, or can't be written.
     """
 
-    def __init__(self, output: Path, *, force: bool = False) -> None:
+    def __init__(self, output: Path, *, force: bool = False, resume: bool = False) -> None:
         self.output = Path(os.path.realpath(output))
-        self.force = force
+        self.force, self.resume = force, resume
         self.path = self.output.with_name(self.output.name + PARTIAL)
+        self.scratch = self.path / SCRATCH
+        self.journal = Journal(self.path / MARK)
+        self._files: dict[str, FileInfo] | None = None
         self._replaced = self.output.with_name(self.output.name + REPLACED)
         self._log = build_log_path(self.output)
         self._partial_log = self._log.with_name(self._log.name + PARTIAL)
@@ -110,8 +128,9 @@ class EngineWriter:
             self.check()
             self._signals.hold()
             try:
-                self._recover()
-                self._create()
+                with writing(self.output):
+                    self._recover()
+                    self._create()
             except OSError as error:
                 reason = f"{self.output}: can't be written ({error.strerror})"
                 raise InputError(reason) from None
@@ -140,14 +159,29 @@ class EngineWriter:
         if self.path.exists():
             self._lock = _lock(self.path)
             left = os.listdir(self.path)
-            if left and MARK not in left:
+            if left and MARK not in left and not _is_engine(self.path):
                 self._unlock()
                 raise InputError(f"{self.path}: in the way and not ours; move it elsewhere")
+            if self.resume and MARK in left:
+                self.journal.load()
+                if self.journal.started:
+                    return
             shutil.rmtree(self.path)
             self._unlock()
         self.path.mkdir()
         self._lock = _lock(self.path)
         (self.path / MARK).touch()
+        _sync(self.path)
+
+    def seal(self) -> None:
+        """Make what was written durable and hash it; `commit` does it unless it was done."""
+        with writing(self.output, resume=self.resume):
+            names = [
+                name
+                for name in list_files(self.path)
+                if name not in (MANIFEST, MARK) and not name.startswith(f"{SCRATCH}/")
+            ]
+            self._files = {name: self._file(name) for name in names}
 
     def commit(self, manifest: Manifest, log: bytes) -> Manifest:
         """Make the engine durable and rename it into place; the only way that one comes to be.
@@ -159,11 +193,14 @@ class EngineWriter:
         Returns:
             The manifest as written.
         """
-        with writing(self.output):
-            (self.path / MARK).unlink()
-            names = [name for name in list_files(self.path) if name != MANIFEST]
-            manifest = replace(manifest, files={name: self._file(name) for name in names})
+        if self._files is None:
+            self.seal()
+        with writing(self.output, resume=self.resume):
+            manifest = replace(manifest, files=self._files or {})
             write_durably(self.path / MANIFEST, manifest.to_bytes())
+            if self.scratch.exists():
+                shutil.rmtree(self.scratch)
+            (self.path / MARK).unlink()
             for directory, _, _ in os.walk(self.path):
                 _sync(Path(directory))
             write_durably(self._partial_log, log)
@@ -197,7 +234,8 @@ class EngineWriter:
         self._signals.hold()
         if self._lock is not None:
             if not self._committed:
-                shutil.rmtree(self.path, ignore_errors=True)
+                if not (self.resume and self.journal.started and (self.path / MARK).exists()):
+                    shutil.rmtree(self.path, ignore_errors=True)
                 self._partial_log.unlink(missing_ok=True)
             self._unlock()
         if not self._committed:
@@ -227,6 +265,15 @@ def refuse_unless_ours(path: Path) -> None:
         ) from None
     if extra:
         raise InputError(f"{path}: not replaced, for {extra[0]} is not part of the engine")
+
+
+def _is_engine(path: Path) -> bool:
+    """Whether a directory holds a whole engine and nothing else."""
+    try:
+        refuse_unless_ours(path)
+    except InputError:
+        return False
+    return True
 
 
 def read_manifest(path: Path) -> Manifest:

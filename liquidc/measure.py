@@ -1,4 +1,4 @@
-"""Time and peak memory of a piece of work, and what machine this is."""
+"""Time, peak memory and bytes of a piece of work, and what machine this is."""
 
 from __future__ import annotations
 
@@ -13,14 +13,25 @@ from pathlib import Path
 
 _CLEAR = Path("/proc/self/clear_refs")
 _STATUS = Path("/proc/self/status")
+_IO = Path("/proc/self/io")
 
 
 @dataclass(slots=True)
 class Measured:
-    """Seconds, and the largest resident memory in bytes while the work ran."""
+    """What a piece of work took.
+
+    Attributes:
+        seconds: on the clock.
+        peak_rss_bytes: the largest resident memory while it ran.
+        bytes_read: that the process read from files, from the system's cache or the disk; what it
+            mapped does not count. 0 where the kernel does not tell.
+        bytes_written: to files, likewise.
+    """
 
     seconds: float = 0.0
     peak_rss_bytes: int = 0
+    bytes_read: int = 0
+    bytes_written: int = 0
 
 
 @contextmanager
@@ -28,12 +39,16 @@ def measured() -> Generator[Measured]:
     """Measure the block; where the kernel can't reset the peak, it is that since the start."""
     result = Measured()
     _reset_peak()
+    read, written = _moved()
     start = time.perf_counter()
     try:
         yield result
     finally:
         result.seconds = time.perf_counter() - start
         result.peak_rss_bytes = _peak()
+        result.bytes_read, result.bytes_written = (
+            now - before for now, before in zip(_moved(), (read, written), strict=True)
+        )
 
 
 def _reset_peak() -> None:
@@ -51,6 +66,15 @@ def _peak() -> int:
     except OSError:
         pass
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def _moved() -> tuple[int, int]:
+    """Bytes that the process has read and written so far."""
+    try:
+        told = dict(line.split(": ") for line in _IO.read_text().splitlines())
+        return int(told["rchar"]), int(told["wchar"])
+    except (OSError, ValueError, KeyError):
+        return 0, 0
 
 
 def machine() -> dict[str, str | int]:

@@ -9,9 +9,10 @@ back and goes on from there.
 from __future__ import annotations
 
 import datetime
+import hashlib
 import platform
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, astuple, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -25,7 +26,7 @@ from liquidc.ir import Module, parse_module, print_module
 from liquidc.ir.rewriter import Statistics
 from liquidc.machine import read_table
 from liquidc.manifest import SCHEMA, Manifest, PassInfo
-from liquidc.measure import measured
+from liquidc.measure import Measured, measured
 from liquidc.passes.base import PassContext
 from liquidc.passlog import PassLog, PassRecord
 from liquidc.passplan import run_passes
@@ -34,7 +35,7 @@ from liquidc.profile import Profile, read_profile
 from liquidc.records import canonical
 from liquidc.report import REPORT, report_data, report_page
 from liquidc.specialize import Lossy
-from liquidc.version import __version__
+from liquidc.version import __version__, source_hash
 
 if TYPE_CHECKING:
     import torch
@@ -57,6 +58,10 @@ class Progress(Protocol):
         """Of `total` parts of a stage that writes nothing, so many are done."""
         ...
 
+    def note(self, text: str) -> None:
+        """Something that who waits should know."""
+        ...
+
     def done(self, name: str, seconds: float) -> None:
         """The stage is over."""
         ...
@@ -74,17 +79,27 @@ class Silent:
     def part(self, what: str, done: int, total: int) -> None:
         """Nothing."""
 
+    def note(self, text: str) -> None:
+        """Nothing."""
+
     def done(self, name: str, seconds: float) -> None:
         """Nothing."""
 
 
 @dataclass(frozen=True, slots=True)
 class StageTime:
-    """What one stage took."""
+    """What one stage took: see `Measured`."""
 
     name: str
     seconds: float
     peak_rss_bytes: int
+    bytes_read: int
+    bytes_written: int
+
+    @classmethod
+    def of(cls, name: str, took: Measured) -> StageTime:
+        """What was measured of a stage."""
+        return cls(name, *astuple(took))
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,12 +111,14 @@ class Compiled:
         manifest: what it says.
         stages: what each stage took, in order.
         statistics: what the passes' rules did.
+        resumed: bytes that a killed compile had written and this one took up.
     """
 
     engine: Path
     manifest: Manifest
     stages: tuple[StageTime, ...]
     statistics: Statistics
+    resumed: int = 0
 
     @property
     def seconds(self) -> float:
@@ -139,19 +156,19 @@ def compile_model(
         TargetUnavailable: the target can't be built here.
     """
     options = options or CompileOptions()
-    writer = EngineWriter(Path(output), force=options.force)
+    writer = EngineWriter(Path(output), force=options.force, resume=options.resume)
     writer.check()
     plan = make_plan(options)
     opened = open_model(model)
-    source = CalibratedSource(opened.weights, writer.path / "calibrated")
-    with writer, writing(writer.output):
-        run = _Run(plan, options, opened, source, writer.path, progress or Silent())
+    source = CalibratedSource(opened.weights, writer.scratch, writer.journal)
+    with writer, writing(writer.output, resume=options.resume):
+        run = _Run(plan, options, opened, source, writer, progress or Silent())
         manifest = run.everything()
-        with measured() as time:
-            log = _build_log(opened, run.times)
-            manifest = writer.commit(manifest, log)
-        run.times.append(StageTime("commit", time.seconds, time.peak_rss_bytes))
-    return Compiled(writer.output, manifest, tuple(run.times), run.statistics)
+        resumed = writer.journal.resumed
+        with measured() as took:
+            manifest = writer.commit(manifest, _build_log(opened, run.times, resumed))
+        run.times.append(StageTime.of("commit", took))
+    return Compiled(writer.output, manifest, tuple(run.times), run.statistics, resumed)
 
 
 @dataclass
@@ -162,7 +179,7 @@ class _Run:
     options: CompileOptions
     model: ModelInput
     source: CalibratedSource
-    directory: Path
+    writer: EngineWriter
     progress: Progress
     times: list[StageTime] = field(default_factory=list[StageTime])
     statistics: Statistics = field(default_factory=Statistics)
@@ -174,10 +191,12 @@ class _Run:
 
     def __post_init__(self) -> None:
         self.passes = self.plan.passes
+        self.directory = self.writer.path
 
     def everything(self) -> Manifest:
         """Run all stages; returns the manifest without `files`."""
         start = self.options.start
+        self._timed("hash", self._begin)
         context = self._context()
         fidelity: dict[str, Any] | None = None
         if start is not None and start[0] == "passes":
@@ -208,13 +227,31 @@ class _Run:
                 fidelity = self._timed("measure", lambda: lossy.measure(traced, module))
                 self.statistics.facts.setdefault("fix-gates", {}).update(lossy.told)
         artifact = self._backend_stages(module)
-        self.source.remove()
         files = self.model.files()
         for name, data in sorted(files.items()):
             (self.directory / name).write_bytes(data)
         manifest = self._timed("manifest", lambda: self._manifest(module, artifact, fidelity))
         self._timed("report", lambda: self._report(manifest, module, traced, context.profile))
+        self._timed("seal", self.writer.seal)
         return manifest
+
+    def _begin(self) -> None:
+        """Start the journal, or go on with it."""
+        journal, backend = self.writer.journal, self.plan.backend
+        if self.options.resume and not journal.started:
+            self.progress.note("nothing to resume: compiling from the start")
+        files = self.model.files().items()
+        journal.begin(
+            {
+                "the model": self.model.sha256,
+                **{name: hashlib.sha256(data).hexdigest() for name, data in files},
+                **{f"the option {name}": value for name, value in self.options.told().items()},
+                **{f"the target's {name}": value for name, value in backend.target().items()},
+                **{f"the version of {name}": value for name, value in self._tools().items()},
+                "the version of liquidc": f"{__version__} {source_hash()}",
+                **_held_out(self.model.origin),
+            }
+        )
 
     def _trace(self) -> Module:
         module = self.model.trace()
@@ -278,7 +315,11 @@ class _Run:
 
     def _backend_stages(self, module: Module) -> dict[str, Any]:
         context = StageContext(
-            self.directory, self.source, self.progress.advance, self.options.choices
+            self.directory,
+            self.source,
+            self.progress.advance,
+            self.options.choices,
+            self.writer.journal,
         )
         start = self.options.start
         stages = list(self.plan.backend.stages)
@@ -324,12 +365,21 @@ class _Run:
             passes=tuple(passes),
             functions=facts.entry_points(module),
             files={},
-            tools={"liquidc": __version__, **_frontend_tools(), **backend.tools()},
+            tools=self._tools(),
             cost=cost.cost_info(module),
             artifact=artifact if guard is None else {**artifact, "guard": guard},
             cache=facts.cache_info(module),
             fidelity=fidelity,
         )
+
+    def _tools(self) -> dict[str, str]:
+        import torch
+
+        return {
+            "liquidc": __version__,
+            "torch": torch.__version__,
+            **self.plan.backend.tools(),
+        }
 
     def _report(
         self, manifest: Manifest, module: Module, traced: Module, profile: Profile | None
@@ -339,10 +389,10 @@ class _Run:
 
     def _timed(self, name: str, work: Any, total: int = 0) -> Any:
         self.progress.stage(name, total)
-        with measured() as time:
+        with measured() as took:
             result = work()
-        self.times.append(StageTime(name, time.seconds, time.peak_rss_bytes))
-        self.progress.done(name, time.seconds)
+        self.times.append(StageTime.of(name, took))
+        self.progress.done(name, took.seconds)
         return result
 
     def _dump_stage(self, stage: Stage, artifact: Any) -> None:
@@ -358,13 +408,13 @@ class _Run:
         self.dumped += 1
 
 
-def _frontend_tools() -> dict[str, str]:
-    import torch
+def _held_out(origin: Path | None) -> dict[str, str]:
+    """The text that comes with a model, on which a lossy compile is measured."""
+    path = None if origin is None else origin / "heldout.txt"
+    return {} if path is None or not path.is_file() else {path.name: sha256_file(path)}
 
-    return {"torch": torch.__version__}
 
-
-def _build_log(model: ModelInput, stages: Sequence[StageTime]) -> bytes:
+def _build_log(model: ModelInput, stages: Sequence[StageTime], resumed: int) -> bytes:
     """What differs from run to run, and is therefore no part of the engine."""
     return canonical(
         {
@@ -375,13 +425,7 @@ def _build_log(model: ModelInput, stages: Sequence[StageTime]) -> bytes:
             "finished": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
             "seconds": sum(stage.seconds for stage in stages),
             "peak_rss_bytes": max(stage.peak_rss_bytes for stage in stages),
-            "stages": [
-                {
-                    "name": stage.name,
-                    "seconds": stage.seconds,
-                    "peak_rss_bytes": stage.peak_rss_bytes,
-                }
-                for stage in stages
-            ],
+            "bytes_resumed": resumed,
+            "stages": [asdict(stage) for stage in stages],
         }
     )

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
+from typing import cast
 
 from liquidc.backends.base import Backend, Choices
 from liquidc.backends.registry import get_backend
+from liquidc.engine import sha256_file
 from liquidc.errors import InputError, TargetUnavailable
 from liquidc.passes.quantize import MIXED
 from liquidc.passes.registry import PROFILED
@@ -17,6 +19,8 @@ WHOLE = ("hoist-common", "group-experts", "order-experts")
 """After these passes a layer is still one conditional with one op for its experts."""
 FEWER_EXPERTS = ("prune-experts", "merge-experts")
 """After these passes the profile speaks of other experts."""
+NO_BYTES = ("verify_each", "dump", "force", "resume")
+"""Options on which no byte of an engine depends."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +50,7 @@ class CompileOptions:
         dump: directory that gets each stage's artefact.
         start: stage whose artefact is read from a file instead of being computed.
         force: replace an engine that is there.
+        resume: go on where a killed compile stopped, and keep what is complete if this one stops.
     """
 
     target: str = "onnxruntime"
@@ -68,11 +73,32 @@ class CompileOptions:
     dump: Path | None = None
     start: tuple[str, Path] | None = None
     force: bool = False
+    resume: bool = False
 
     @property
     def choices(self) -> Choices:
         """Lowerings that are asked for."""
         return Choices(self.portable_weights, self.fused_experts)
+
+    def told(self) -> dict[str, str]:
+        """What an engine's bytes depend on, by name; files by their hashes.
+
+        Raises:
+            InputError: a file can't be read.
+        """
+        names = [field.name for field in fields(self) if field.name not in NO_BYTES]
+        return {name: _told(getattr(self, name)) for name in names}
+
+
+def _told(value: object) -> str:
+    if isinstance(value, tuple):
+        return " ".join(map(_told, cast(tuple[object, ...], value)))
+    if not isinstance(value, Path):
+        return str(value)
+    try:
+        return sha256_file(value)
+    except OSError as error:
+        raise InputError(f"{value}: can't be read ({error.strerror})") from None
 
 
 @dataclass(frozen=True, slots=True)

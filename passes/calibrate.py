@@ -7,6 +7,7 @@ an expert, count for it. What was made is written to the store at once.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -147,12 +148,18 @@ class _Run(Stream):
     def _round_one(
         self, name: str, inputs: Sequence[torch.Tensor], expert: int | None
     ) -> tuple[int, str]:
-        """Round a weight, or that of an expert, and store it; the tokens, and why it is nearest."""
+        """Round a weight, or that of an expert, and store it; the tokens, and why it is nearest.
+
+        Rows that are stored already, by a compile that this one continues, are not rounded again.
+        """
         grid, expr = self._grids[name], self.module.weights[name]
         lead = () if expert is None else ((expert, expert + 1),)
         count, columns = expr.sizes[-2:]
         tokens = sum(len(x) for x in inputs)
         reason = _reason(grid, tokens, columns)
+        first = count * (expert or 0)
+        if not self._missing(name, first + count):
+            return tokens, reason
         factor = None
         if not reason:
             hessian = torch.zeros(columns, columns, dtype=torch.float64)
@@ -162,19 +169,31 @@ class _Run(Stream):
             factor = inverse_factor(hessian)
         for start in range(0, count, ROWS):
             rows = (start, min(start + ROWS, count))
+            missing = self._missing(name, first + rows[1])
+            if not missing:
+                continue
             weight = expr.read(self.source, (*lead, rows, (0, columns))).float()
             weight = weight[0] if lead else weight
             made = grid.nearest(weight) if factor is None else gptq(weight, factor, grid)
-            self._keep(name, made)
+            self._keep(name, made, missing)
         return tokens, reason
 
-    def _keep(self, name: str, made: Blocks) -> None:
+    def _missing(self, name: str, rows: int) -> dict[str, Quantised]:
+        """The parts of a weight of which the store has fewer than so many rows."""
+        store, all_rows = self._calibration.store, math.prod(self.module.weights[name].sizes[:-1])
+        return {
+            kind: part
+            for kind, part in self._parts(name).items()
+            if store.stored(part.stored, part.type) < math.prod(part.sizes) // all_rows * rows
+        }
+
+    def _keep(self, name: str, made: Blocks, missing: Mapping[str, Quantised]) -> None:
         narrow = BITS[self._grids[name].format] == 4
         zeros = made.zeros
         tensors = {"codes": pack(made.codes) if narrow else made.codes, "scales": made.scales}
         if zeros is not None:
             tensors["zeros"] = pack(zeros) if narrow else zeros
-        for kind, part in self._parts(name).items():
+        for kind, part in missing.items():
             self._calibration.store.append(part.stored, part.type, tensors[kind])
 
     def _parts(self, name: str) -> dict[str, Quantised]:

@@ -33,7 +33,11 @@ TOGETHER = 8
 
 
 class Store(Protocol):
-    """Where calibrated tensors go."""
+    """Where calibrated tensors go; after a compile that was killed, some are there already."""
+
+    def stored(self, name: str, type: TensorType) -> int:
+        """How many elements of the tensor `name` of the type `type` there are already."""
+        ...
 
     def append(self, name: str, type: TensorType, rows: torch.Tensor) -> None:
         """Add elements to the tensor `name` of the type `type`, in their order."""

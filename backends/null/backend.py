@@ -35,7 +35,7 @@ def link(module: Module, context: StageContext) -> Module:
 def write_engine(module: Module, context: StageContext) -> dict[str, Any]:
     """Write both files; returns where each weight lies in weights.bin."""
     path = context.directory / NAME
-    offsets = write_weights(path, module.weights, context.source, context.advance)
+    offsets = write_weights(path, module.weights, context.source, context.advance, context.journal)
     index = {
         name: {
             "dtype": str(expr.type.dtype),

@@ -58,7 +58,7 @@ def write_engine(lowered: Lowered, context: StageContext) -> dict[str, Any]:
     from liquidc.backends.onnxruntime.emit import place, readers
 
     path = context.directory / NAME
-    offsets = write_weights(path, lowered.weights, context.source, context.advance)
+    offsets = write_weights(path, lowered.weights, context.source, context.advance, context.journal)
     model = place(lowered, NAME, offsets)
     (context.directory / MODEL).write_bytes(model.SerializeToString(deterministic=True))
     codes = {"codes_read_by": found} if (found := readers(model)) else {}

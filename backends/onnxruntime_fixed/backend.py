@@ -39,7 +39,8 @@ def write_engine(graphs: dict[str, Lowered], context: StageContext) -> dict[str,
     weights: dict[str, WeightExpr] = {}
     for lowered in graphs.values():
         weights |= lowered.weights
-    offsets = write_weights(context.directory / NAME, weights, context.source, context.advance)
+    path = context.directory / NAME
+    offsets = write_weights(path, weights, context.source, context.advance, context.journal)
     nodes: dict[str, int] = {}
     codes: set[str] = set()
     for name, lowered in graphs.items():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,7 +27,8 @@ Examples:
   liquidc compile model -o engine --profile profile.json --specialize budget --max-kl 0.01
   liquidc compile model -o engine --profile profile.json --add-pass "prune-experts{ratio=0.25}"
   liquidc compile model -o engine --dump-dir stages --verify-each --stats
-  liquidc compile model -o engine --start-from passes=edited.ir --force"""
+  liquidc compile model -o engine --start-from passes=edited.ir --force
+  liquidc compile model -o engine --quantize int4 --resume"""
 )
 @click.argument("model", type=click.Path(path_type=Path))
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="Engine directory to write.")
@@ -90,6 +92,11 @@ Examples:
 @click.option("--stats", is_flag=True, help="Show how often each rewrite rule fired.")
 @click.option("--dry-run", is_flag=True, help="Show the plan, write nothing.")
 @click.option("--force", is_flag=True, help="Replace the engine if there is one.")
+@click.option(
+    "--resume",
+    is_flag=True,
+    help="Go on where this compile was killed, and keep what is done if it stops again.",
+)
 @json_option
 def command(
     model: Path,
@@ -116,12 +123,13 @@ def command(
     stats: bool,
     dry_run: bool,
     force: bool,
+    resume: bool,
     as_json: bool,
 ) -> None:
     """Compile the checkpoint directory MODEL into an engine directory.
 
-    The engine appears whole or not at all. Beside it, ENGINE.build.json says how long each stage
-    took; it is no part of the engine.
+    The engine appears whole or not at all. Beside it, ENGINE.build.json says what time, memory and
+    bytes each stage took; it is no part of the engine.
     """
     if output is None and not dry_run:
         raise click.UsageError("Missing option '-o' / '--output'.", click.get_current_context())
@@ -151,6 +159,7 @@ def command(
         dump=dump_dir,
         start=None if start_from is None else _start(start_from),
         force=force,
+        resume=resume,
     )
     if dry_run or output is None:
         _show_plan(model, output, options, as_json=as_json)
@@ -174,10 +183,8 @@ def command(
             "sha256": compiled.manifest.sha256,
             "seconds": compiled.seconds,
             "peak_rss_bytes": compiled.peak_rss_bytes,
-            "stages": [
-                {"name": s.name, "seconds": s.seconds, "peak_rss_bytes": s.peak_rss_bytes}
-                for s in compiled.stages
-            ],
+            "bytes_resumed": compiled.resumed,
+            "stages": [asdict(stage) for stage in compiled.stages],
         }
         result |= {"experts": experts} if experts else {}
         result |= {"quantize": quantized} if quantized else {}
@@ -195,6 +202,8 @@ def command(
             click.echo(line)
     _show_fidelity(compiled.manifest.fidelity, quantized=bool(quantized))
     size = sum(info.bytes for info in compiled.manifest.files.values())
+    if compiled.resumed:
+        click.echo(f"{bytes_text(compiled.resumed)} were there from a compile that was killed")
     click.echo(
         f"{compiled.engine}: {bytes_text(size)} in {len(compiled.manifest.files) + 1} files, "
         f"{compiled.seconds:.1f} s, peak memory {bytes_text(compiled.peak_rss_bytes)}, "

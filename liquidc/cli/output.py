@@ -104,34 +104,56 @@ class StageProgress:
         self._bar: Bar | None = None
         self._task: TaskID | None = None
         self._name, self._told = "", 0.0
+        self._done = self._total = 0
 
     def stage(self, name: str, total: int) -> None:
         """A stage begins."""
         self._name, self._told = name, time.monotonic()
+        self._done, self._total = 0, total
         if not self._terminal:
             return
-        from rich.progress import BarColumn, DownloadColumn, SpinnerColumn, TextColumn
+        from rich.progress import (
+            BarColumn,
+            DownloadColumn,
+            SpinnerColumn,
+            TaskProgressColumn,
+            TextColumn,
+        )
         from rich.progress import Progress as Bar
 
         columns = [SpinnerColumn(), TextColumn("{task.description:10s}")]
         if total:
-            columns += [BarColumn(), DownloadColumn()]
+            columns += [BarColumn(), TaskProgressColumn(), DownloadColumn()]
         self._bar = Bar(*columns, console=console(stderr=True), transient=True)
         self._bar.start()
         self._task = self._bar.add_task(name, total=total or None)
 
     def advance(self, amount: int) -> None:
         """So many bytes more were written."""
+        self._done += amount
         if self._bar is not None and self._task is not None:
             self._bar.advance(self._task, amount)
+        elif self._total:
+            share = f"{bytes_text(self._done)} of {bytes_text(self._total)}"
+            self._tell(f"{self._name}: {share}, {self._done / self._total:.0%}")
 
     def part(self, what: str, done: int, total: int) -> None:
         """Of `total` parts of a stage that writes nothing, so many are done."""
         text = f"{self._name}: {done} of {total} {what}"
         if self._bar is not None and self._task is not None:
             self._bar.update(self._task, description=text)
-        elif not self._quiet and time.monotonic() - self._told > 10:
+        else:
+            self._tell(text)
+
+    def _tell(self, text: str) -> None:
+        """A line now and then, where there is no terminal."""
+        if not self._quiet and time.monotonic() - self._told > 10:
             self._told = time.monotonic()
+            click.echo(text, err=True)
+
+    def note(self, text: str) -> None:
+        """Something that who waits should know."""
+        if not self._quiet:
             click.echo(text, err=True)
 
     def done(self, name: str, seconds: float) -> None:

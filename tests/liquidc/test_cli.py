@@ -164,7 +164,7 @@ def test_compile_and_its_json(model: Path, tmp_path: Path) -> None:
     output = tmp_path / "out"
     result = ok("compile", model, "-o", output, "--target", "null", "--stats")
     assert result["engine"] == str(output)
-    assert [stage["name"] for stage in result["stages"]][:2] == ["trace", "passes"]
+    assert [stage["name"] for stage in result["stages"]][:3] == ["hash", "trace", "passes"]
     assert result["seconds"] > 0
     assert result["peak_rss_bytes"] > 0
     assert len(result["sha256"]) == 64

@@ -72,12 +72,14 @@ def test_no_file_names_this_machine(null_engine: Path, model_directory: Path) ->
     log = json.loads(null_engine.with_name("tiny.build.json").read_bytes())
     assert log["source"] == str(model_directory)
     assert [stage["name"] for stage in log["stages"]] == [
+        "hash",
         "trace",
         "passes",
         "link",
         "engine",
         "manifest",
         "report",
+        "seal",
     ]
     assert all(stage["peak_rss_bytes"] > 1e7 for stage in log["stages"])
 

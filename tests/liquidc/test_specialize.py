@@ -133,7 +133,7 @@ def test_an_expected_path_is_tried_and_counted(
     [
         (("--specialize", "budget"), "to specialise a model takes a profile"),
         (("--add-pass", "fix-gates"), "the pass fix-gates needs a profile"),
-        (("--add-pass", "fix-gates{gates=00}", "--data", "/nowhere.txt"), "no held-out text"),
+        (("--add-pass", "fix-gates{gates=00}", "--data", "/nowhere.txt"), "can't be read"),
         (("--specialize", "budget", "--profile", "P"), "the profile was made with it"),
     ],
 )

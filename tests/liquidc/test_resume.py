@@ -1,0 +1,237 @@
+"""Compiles that are killed and continued: the same bytes, and nothing that is damaged is used."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from liquidc.engine import MARK, SCRATCH
+from liquidc.errors import InputError
+from liquidc.journal import Journal
+from liquidc.pipeline import CompileOptions, compile_model
+from tests.liquidc.conftest import CONFIG, save_model
+from tests.liquidc.test_cli import call, refused
+
+SHALLOW = {
+    **CONFIG,
+    "num_hidden_layers": 2,
+    "depth_gate": {"layers": [1], "kv_policy": "drop"},
+}
+GPTQ = ("--quantize", "int4{block=16,method=gptq}", "--calibration", "ids.json")
+KINDS: dict[str, tuple[str, ...]] = {
+    "floats": ("--target", "null"),
+    "gptq": ("--target", "onnxruntime", *GPTQ),
+    "int8": ("--target", "onnxruntime", "--quantize", "int8"),
+}
+SCRIPT = """
+import os, signal, sys
+from liquidc.backends import weights_file
+from liquidc.journal import Journal
+left, number = int(sys.argv.pop(1)), getattr(signal, sys.argv.pop(1))
+weights_file.KEPT, keep = 1, Journal.keep
+def count(self, path):
+    global left
+    keep(self, path)
+    left -= 1
+    if not left:
+        with path.open("ab") as file:
+            file.write(b"a piece that is not complete")
+            file.flush()
+            os.kill(os.getpid(), number)
+Journal.keep = count
+sys.argv[0] = "liquidc"
+from liquidc.cli.main import main
+main()
+"""
+"""Runs liquidc until so many pieces are complete, then gets a signal."""
+
+
+def arguments(model: Path, output: Path, kind: str) -> list[str]:
+    given = [str(model.parent / a) if a == "ids.json" else a for a in KINDS[kind]]
+    return ["compile", str(model), "-o", str(output), *given]
+
+
+def stopped(pieces: int, signal: str, *command: str) -> subprocess.CompletedProcess[str]:
+    script = [sys.executable, "-c", SCRIPT, str(pieces), signal, *command]
+    return subprocess.run(script, check=False, capture_output=True, text=True)
+
+
+def contents(directory: Path) -> dict[str, bytes]:
+    files = (path for path in directory.rglob("*") if path.is_file())
+    return {str(path.relative_to(directory)): path.read_bytes() for path in files}
+
+
+@pytest.fixture(scope="module")
+def model_directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two layers, and token ids to calibrate on beside them."""
+    place = tmp_path_factory.mktemp("resume")
+    (place / "ids.json").write_text(json.dumps([i * i % 256 for i in range(400)]))
+    return save_model(place / "model", SHALLOW)
+
+
+@pytest.fixture(scope="module")
+def whole(model_directory: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Engines that nothing stopped."""
+    place = tmp_path_factory.mktemp("whole")
+    for kind in KINDS:
+        result = call(*arguments(model_directory, place / kind, kind))
+        assert result.exit_code == 0, result.output
+    return {kind: place / kind for kind in KINDS}
+
+
+@pytest.mark.parametrize(
+    ("kind", "pieces"),
+    [
+        ("floats", 3),
+        ("gptq", 5),
+        pytest.param("gptq", 60, marks=pytest.mark.slow),
+        pytest.param("int8", 20, marks=pytest.mark.slow),
+    ],
+)
+def test_a_killed_compile_continues_to_the_same_bytes(
+    kind: str, pieces: int, whole: dict[str, Path], model_directory: Path, tmp_path: Path
+) -> None:
+    command = arguments(model_directory, tmp_path / "engine", kind)
+    assert stopped(pieces, "SIGKILL", *command).returncode == -9
+    assert [path.name for path in tmp_path.iterdir()] == ["engine.partial"]
+    result = call(*command, "--resume", "--json")
+    assert result.exit_code == 0, result.output
+    assert json.loads(result.stdout)["bytes_resumed"] > 0
+    assert contents(tmp_path / "engine") == contents(whole[kind])
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["engine", "engine.build.json"]
+
+
+@pytest.mark.usefixtures("partial")
+def test_without_resume_all_is_compiled_anew(
+    whole: dict[str, Path], model_directory: Path, tmp_path: Path
+) -> None:
+    command = arguments(model_directory, tmp_path / "engine", "floats")
+    result = call(*command, "--json")
+    assert json.loads(result.stdout)["bytes_resumed"] == 0
+    assert contents(tmp_path / "engine") == contents(whole["floats"])
+
+
+def test_an_interrupt_keeps_what_is_complete_only_with_resume(
+    whole: dict[str, Path], model_directory: Path, tmp_path: Path
+) -> None:
+    command = arguments(model_directory, tmp_path / "engine", "floats")
+    assert stopped(3, "SIGINT", *command).returncode == 130
+    assert list(tmp_path.iterdir()) == []
+    first = stopped(3, "SIGINT", *command, "--resume")
+    assert first.returncode == 130
+    assert "nothing to resume: compiling from the start" in first.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["engine.partial"]
+    result = call(*command, "--resume")
+    assert "were there from a compile that was killed" in result.stdout
+    assert contents(tmp_path / "engine") == contents(whole["floats"])
+
+
+@pytest.fixture(scope="module")
+def left(model_directory: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What a compile left that was killed after some weights."""
+    place = tmp_path_factory.mktemp("left")
+    stopped(9, "SIGKILL", *arguments(model_directory, place / "engine", "floats"))
+    return place / "engine.partial"
+
+
+@pytest.fixture
+def partial(left: Path, tmp_path: Path) -> Path:
+    """A copy of it."""
+    return Path(shutil.copytree(left, tmp_path / "engine.partial"))
+
+
+def flip(path: Path, at: int) -> None:
+    data = bytearray(path.read_bytes())
+    data[at] ^= 1
+    path.write_bytes(bytes(data))
+
+
+DAMAGES: dict[str, tuple[Callable[[Path], Any], bool]] = {
+    "the last piece": (
+        lambda p: flip(p / "weights.bin", -len(b"a piece that is not complete") - 1),
+        True,
+    ),
+    "the first piece": (lambda p: flip(p / "weights.bin", 0), False),
+    "a shorter file": (
+        lambda p: os.truncate(p / "weights.bin", (p / "weights.bin").stat().st_size - 99),
+        True,
+    ),
+    "no file": (lambda p: (p / "weights.bin").unlink(), False),
+    "half a line": (lambda p: os.truncate(p / MARK, (p / MARK).stat().st_size - 3), True),
+    "a line that is none": (lambda p: (p / MARK).open("ab").write(b"x\n"), True),
+    "a piece of elsewhere": (
+        lambda p: (
+            (p / MARK)
+            .open("ab")
+            .write(b'{"file": "../../x", "start": 0, "end": 4, "sha256": ""}\n')
+        ),
+        True,
+    ),
+    "nothing but garbage": (lambda p: (p / MARK).write_bytes(b"\0\xff{\n"), False),
+}
+
+
+@pytest.mark.filterwarnings("ignore::ResourceWarning")
+@pytest.mark.parametrize("name", DAMAGES)
+def test_what_is_damaged_is_written_again(
+    name: str, partial: Path, whole: dict[str, Path], model_directory: Path, tmp_path: Path
+) -> None:
+    damage, taken = DAMAGES[name]
+    damage(partial)
+    command = arguments(model_directory, tmp_path / "engine", "floats")
+    result = call(*command, "--resume", "--json")
+    assert result.exit_code == 0, result.output
+    assert (json.loads(result.stdout)["bytes_resumed"] > 0) == taken
+    assert contents(tmp_path / "engine") == contents(whole["floats"])
+
+
+def test_another_compile_does_not_continue_it(
+    partial: Path, model_directory: Path, tmp_path: Path
+) -> None:
+    before = contents(partial)
+    command = arguments(model_directory, tmp_path / "engine", "floats")
+    other = (*command, "--resume", "--quantize", "int8")
+    refused("can't be continued, for the option quantize was", *other)
+    assert contents(partial) == before
+
+
+def test_another_version_does_not_continue_it(
+    partial: Path, model_directory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert (partial / SCRATCH).exists() is False
+    monkeypatch.setattr("liquidc.pipeline.source_hash", lambda: "0" * 64)
+    options = CompileOptions(target="null", resume=True)
+    with pytest.raises(InputError, match="the version of liquidc was"):
+        compile_model(model_directory, tmp_path / "engine", options)
+
+
+def test_another_model_does_not_continue_it(partial: Path, tmp_path: Path) -> None:
+    model = save_model(tmp_path / "model", SHALLOW, seed=1)
+    command = arguments(model, partial.with_suffix(""), "floats")
+    refused("can't be continued, for the model was", *command, "--resume")
+
+
+def test_pieces_lie_end_to_end(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    journal = Journal(tmp_path / "journal")
+    journal.begin({"x": "1"})
+    for data in (b"one", b"twotwo", b"three"):
+        with path.open("ab") as file:
+            file.write(data)
+        journal.keep(path)
+    again = Journal(tmp_path / "journal")
+    again.load()
+    again.begin({"x": "1"})
+    assert again.held(path) == len(b"onetwotwothree")
+    with path.open("ab") as file:
+        file.write(b"more")
+    assert again.held(path) == len(b"onetwotwothree")
+    assert path.read_bytes() == b"onetwotwothree"
