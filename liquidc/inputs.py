@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, cast
 
 from liquidc.errors import CheckpointError, ConfigError, InputError
+from liquidc.generation import GENERATION, read_generation
 from liquidc.ir.core import Module
 from liquidc.ir.weights import WeightSource
 from liquidc.records import canonical
@@ -16,7 +17,8 @@ from liquidc.records import canonical
 if TYPE_CHECKING:
     import torch
 
-COPIED = ("config.json", "generation_config.json", "tokenizer.json")
+TOKENIZER_CONFIG, TEMPLATE = "tokenizer_config.json", "chat_template.jinja"
+COPIED = ("config.json", GENERATION, "tokenizer.json", TOKENIZER_CONFIG, TEMPLATE)
 """Files of a model that become part of the engine, where they exist."""
 
 
@@ -88,9 +90,9 @@ class DirectoryInput:
 
     def check(self) -> None:
         """See `ModelInput`."""
-        from liquidc.frontend.config import LiquidConfig
+        from liquidc.frontend.families import open_model
 
-        LiquidConfig.from_file(self._path / "config.json")
+        open_model(self._path)
         self.files()
 
     def trace(self) -> Module:
@@ -102,10 +104,16 @@ class DirectoryInput:
     def files(self) -> dict[str, bytes]:
         """See `ModelInput`."""
         found = {name: self._path / name for name in COPIED if (self._path / name).exists()}
+        read_generation(self._path)
         if "tokenizer.json" in found:
             from liquidc.tokenizer import Tokenizer
 
             Tokenizer(found["tokenizer.json"])
+        if found.keys() & {TOKENIZER_CONFIG, TEMPLATE}:
+            from liquidc.chat import read_chat_template
+
+            if (template := read_chat_template(self._path)) is not None:
+                template.check()
         return {name: path.read_bytes() for name, path in found.items()}
 
 

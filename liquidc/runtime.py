@@ -6,12 +6,11 @@ the logits of every position. All checks of what a caller passes are here; a run
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self, cast
+from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,11 +18,18 @@ from numpy.typing import NDArray
 from liquidc.backends.base import Runner, RunnerOptions
 from liquidc.backends.registry import TARGETS, get_backend
 from liquidc.engine import check_files, read_manifest
-from liquidc.errors import EngineError, InputError, TargetUnavailable
+from liquidc.errors import ConfigError, EngineError, InputError, TargetUnavailable
+from liquidc.generation import Generation, read_generation
 from liquidc.manifest import Manifest
 from liquidc.sampling import Sampler
 from liquidc.session import DepthControls, Ids, Session, StepResult, check_controls, check_ids
 from liquidc.tokenizer import StopFilter, TextStream, Tokenizer
+
+if TYPE_CHECKING:
+    from liquidc.chat import ChatTemplate
+
+NEW_TOKENS = 64
+"""How many tokens are generated if nobody says."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,33 +84,9 @@ def load(
         manifest,
         backend.runner(path, manifest, options or RunnerOptions()),
         tokenizer=Tokenizer(tokenizer) if tokenizer.exists() else None,
-        eos=read_eos(path),
+        generation=_generation(path),
         path=path,
     )
-
-
-def read_eos(directory: Path) -> frozenset[int]:
-    """The tokens that end a text, by generation_config.json, else by config.json.
-
-    Raises:
-        EngineError: the field is neither an id nor a list of ids.
-    """
-    for name in ("generation_config.json", "config.json"):
-        path = directory / name
-        if not path.exists():
-            continue
-        try:
-            config: Any = json.loads(path.read_bytes())
-        except ValueError as error:
-            raise EngineError(f"{path}: not valid JSON ({error})") from None
-        value = cast(dict[str, Any], config).get("eos_token_id")
-        if value is None:
-            continue
-        ids = cast(list[Any], value) if isinstance(value, list) else [value]
-        if not all(type(token) is int for token in ids):
-            raise EngineError(f"{path}: eos_token_id must be an id or a list of ids")
-        return frozenset(ids)
-    return frozenset()
 
 
 class Engine:
@@ -113,7 +95,7 @@ class Engine:
     Attributes:
         manifest: what the engine says about itself.
         tokenizer: None if the engine has none; then prompts are token ids.
-        eos: tokens that end a text.
+        generation: how the model wants to be sampled, and what ends a text.
     """
 
     def __init__(
@@ -122,13 +104,14 @@ class Engine:
         runner: Runner,
         *,
         tokenizer: Tokenizer | None = None,
-        eos: frozenset[int] = frozenset(),
+        generation: Generation | None = None,
         path: Path | None = None,
     ) -> None:
         self.manifest = manifest
         self.runner = runner
         self.tokenizer = tokenizer
-        self.eos = eos
+        self.generation = generation or Generation()
+        self._template: ChatTemplate | None = None
         self.path = path
         layers: dict[int, list[int]] = {}
         for index, gate in enumerate(manifest.model.gates):
@@ -152,7 +135,13 @@ class Engine:
 
     def with_runner(self, runner: Runner) -> Engine:
         """This engine on another runner of its target."""
-        return Engine(self.manifest, runner, tokenizer=self.tokenizer, eos=self.eos, path=self.path)
+        return Engine(
+            self.manifest,
+            runner,
+            tokenizer=self.tokenizer,
+            generation=self.generation,
+            path=self.path,
+        )
 
     def encode(self, prompt: str | Ids) -> list[int]:
         """Token ids of a prompt.
@@ -171,13 +160,38 @@ class Engine:
         check_ids(self.manifest, ids)
         return ids
 
+    def chat(self, messages: Sequence[Mapping[str, Any]]) -> list[int]:
+        """Token ids of a conversation and of the beginning of the next answer.
+
+        Args:
+            messages: each with "role" ("system", "user", "assistant") and "content".
+
+        Raises:
+            InputError: the engine has no tokenizer or no chat template, or the template refuses
+                the conversation.
+        """
+        if self.tokenizer is None:
+            raise InputError("the engine has no tokenizer: give token ids")
+        if self._template is None and self.path is not None:
+            from liquidc.chat import read_chat_template
+
+            self._template = read_chat_template(self.path)
+        if self._template is None:
+            raise InputError("the engine has no chat template: give a prompt")
+        ids = self.tokenizer.encode(self._template.render(messages), special=False)
+        check_ids(self.manifest, ids)
+        return ids
+
     def generate(
         self,
         prompt: str | Ids,
-        max_new_tokens: int,
+        max_new_tokens: int | None = None,
         *,
-        temperature: float = 0.0,
-        top_p: float = 1.0,
+        temperature: float | None = None,
+        top_p: float | None = None,
+        top_k: int | None = None,
+        min_p: float | None = None,
+        repetition_penalty: float | None = None,
         seed: int = 0,
         stop: Sequence[str | int] = (),
         gate_bias: float = 0.0,
@@ -192,9 +206,13 @@ class Engine:
 
         Args:
             prompt: text or token ids.
-            max_new_tokens: 1 or more.
+            max_new_tokens: 1 or more. This and the next five: None is what the model's
+                generation_config.json says, else 64 tokens, taken greedily.
             temperature: 0 is greedy.
             top_p: nucleus; see `Sampler`.
+            top_k: see `Sampler`.
+            min_p: see `Sampler`.
+            repetition_penalty: see `Sampler`.
             seed: of the sampling.
             stop: strings or token ids.
             gate_bias: see `DepthControls`.
@@ -211,6 +229,11 @@ class Engine:
             raise InputError(
                 f"the prompt has {len(ids)} tokens, the context of the model {context}; shorten it"
             )
+        wants = self.generation
+        if max_new_tokens is None:
+            max_new_tokens = wants.max_new_tokens or NEW_TOKENS
+            if wants.max_length is not None and wants.max_new_tokens is None:
+                max_new_tokens = max(1, min(max_new_tokens, wants.max_length - len(ids)))
         if max_new_tokens < 1:
             raise InputError(f"max_new_tokens must be 1 or more, not {max_new_tokens}")
         if any(stop_text == "" for stop_text in stop):
@@ -220,7 +243,16 @@ class Engine:
         force = None if gate_force is None else tuple(int(value) for value in gate_force)
         depth = DepthControls(gate_bias, min_depth, force)
         check_controls(self.manifest, depth)
-        sampler = Sampler(temperature, top_p, seed)
+        sampler = Sampler(
+            wants.temperature if temperature is None else temperature,
+            wants.top_p if top_p is None else top_p,
+            seed,
+            top_k=wants.top_k if top_k is None else top_k,
+            min_p=wants.min_p if min_p is None else min_p,
+            repetition_penalty=(
+                wants.repetition_penalty if repetition_penalty is None else repetition_penalty
+            ),
+        )
         capacity = len(ids) + max_new_tokens - 1
         session = self.session(capacity=capacity if context is None else min(capacity, context))
         return self._generate(ids, max_new_tokens, session, sampler, depth, stop)
@@ -234,17 +266,19 @@ class Engine:
         depth: DepthControls,
         stop: Sequence[str | int],
     ) -> Iterator[Token]:
-        ends = self.eos | {token for token in stop if isinstance(token, int)}
+        ends = self.generation.eos | {token for token in stop if isinstance(token, int)}
         decode = self.tokenizer.decode if self.tokenizer is not None else _no_text
         stream = TextStream(decode)
         stops = StopFilter[Token]([text for text in stop if isinstance(text, str)])
         waiting: list[Token] = []
         piece = ""
+        seen = set(ids)
         result = session.prefill(ids, depth=depth)
         for made in range(1, count + 1):
-            token, logprob = sampler.pick(result.logits[0, -1])
+            token, logprob = sampler.pick(result.logits[0, -1], seen)
             if token in ends:
                 break
+            seen.add(token)
             waiting.append(Token(token, "", logprob, *self.ran(result, 0, -1)))
             piece += stream.push(token)
             if not stream.pending:
@@ -303,6 +337,18 @@ class Engine:
             InputError: out of range.
         """
         return Session(self.manifest, self.runner, batch, capacity)
+
+
+def _generation(path: Path) -> Generation:
+    """Of an engine.
+
+    Raises:
+        EngineError: a file in it is damaged.
+    """
+    try:
+        return read_generation(path)
+    except ConfigError as error:
+        raise EngineError(str(error)) from None
 
 
 def _release(stops: StopFilter[Token], tokens: Sequence[Token], text: str) -> Iterator[Token]:

@@ -40,9 +40,12 @@ class Tokenizer:
         """Number of tokens."""
         return self._inner.get_vocab_size()
 
-    def encode(self, text: str) -> list[int]:
-        """Token ids of a text, with the special tokens that the tokenizer puts around it."""
-        return list(self._inner.encode(text).ids)
+    def encode(self, text: str, *, special: bool = True) -> list[int]:
+        """Token ids of a text, with the special tokens that the tokenizer puts around it.
+
+        `special` False: without them; those that are written in the text are read either way.
+        """
+        return list(self._inner.encode(text, add_special_tokens=special).ids)
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of token ids, special tokens left out."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,14 +26,37 @@ Examples:
   liquidc run engine -p "The with statement"
   liquidc run engine -p "12 + 7 =" --show-depth --max-new-tokens 32
   liquidc run engine --ids 84,104,101 --temperature 0.8 --top-p 0.95 --seed 7
-  echo "Lists are" | liquidc run engine --json"""
+  echo "Lists are" | liquidc run engine --json
+  liquidc run engine --chat --system "Answer briefly."
+  liquidc run engine --chat -p "What is a list?" """
 )
 @click.argument("engine", type=click.Path(path_type=Path))
 @click.option("-p", "--prompt", help="The text to continue; else it is read from standard input.")
 @click.option("--ids", help="The prompt as token ids, separated by commas.")
-@click.option("-n", "--max-new-tokens", default=64, show_default=True, help="At most so many.")
-@click.option("--temperature", default=0.0, show_default=True, help="0 takes the most probable.")
-@click.option("--top-p", default=1.0, show_default=True, help="Draw from this much probability.")
+@click.option("--chat", is_flag=True, help="A conversation, by the model's chat template.")
+@click.option("--system", help="With --chat: what the model is told first.")
+@click.option(
+    "-n", "--max-new-tokens", type=int, help="At most so many.  [default: the model's, or 64]"
+)
+@click.option(
+    "--temperature", type=float, help="0 takes the most probable.  [default: the model's, or 0]"
+)
+@click.option(
+    "--top-p", type=float, help="Draw from this much probability.  [default: the model's, or 1]"
+)
+@click.option(
+    "--top-k", type=int, help="Draw from so many tokens, 0: all.  [default: the model's, or 0]"
+)
+@click.option(
+    "--min-p",
+    type=float,
+    help="Draw none below this share of the best.  [default: the model's, or 0]",
+)
+@click.option(
+    "--repetition-penalty",
+    type=float,
+    help="Above 1: fewer repetitions.  [default: the model's, or 1]",
+)
 @click.option("--seed", default=0, show_default=True, help="Of the sampling.")
 @click.option("--stop", multiple=True, help="End before this text; repeatable.")
 @click.option("--gate-bias", default=0.0, show_default=True, help="Above 0 runs more layers.")
@@ -44,9 +68,14 @@ def command(
     engine: Path,
     prompt: str | None,
     ids: str | None,
-    max_new_tokens: int,
-    temperature: float,
-    top_p: float,
+    chat: bool,
+    system: str | None,
+    max_new_tokens: int | None,
+    temperature: float | None,
+    top_p: float | None,
+    top_k: int | None,
+    min_p: float | None,
+    repetition_penalty: float | None,
     seed: int,
     stop: tuple[str, ...],
     gate_bias: float,
@@ -55,35 +84,86 @@ def command(
     threads: int | None,
     as_json: bool,
 ) -> None:
-    """Continue a prompt with the engine in the directory ENGINE, token by token."""
+    """Continue a prompt with the engine in the directory ENGINE, token by token.
+
+    With --chat, answer the prompt, or each line of standard input, as one conversation. What is
+    not given is as the model's generation_config.json says.
+    """
     from liquidc.backends.base import RunnerOptions
     from liquidc.runtime import load
 
     if prompt is not None and ids is not None:
         raise click.UsageError("Give --prompt or --ids.", click.get_current_context())
-    given: str | list[int]
-    given = _parse_ids(ids) if ids is not None else _read_prompt() if prompt is None else prompt
+    if chat and ids is not None:
+        raise click.UsageError("Give --chat or --ids.", click.get_current_context())
+    if system is not None and not chat:
+        raise click.UsageError("--system needs --chat.", click.get_current_context())
+    given: str | list[int] = ""
+    if not chat:
+        given = _parse_ids(ids) if ids is not None else _read_prompt() if prompt is None else prompt
     with load(engine, options=RunnerOptions(threads=threads)) as loaded:
-        start = time.perf_counter()
-        tokens: list[Token] = []
-        show = _Shown(loaded, show_depth=show_depth, silent=as_json)
-        for token in loaded.generate(
-            given,
-            max_new_tokens,
-            temperature=temperature,
-            top_p=top_p,
-            seed=seed,
-            stop=stop,
-            gate_bias=gate_bias,
-            min_depth=min_depth,
-        ):
-            tokens.append(token)
-            show.token(token)
-        seconds = time.perf_counter() - start
-        if as_json:
-            emit_json(_result(loaded, given, tokens, seconds))
-        else:
+
+        def answer(given: str | list[int]) -> dict[str, Any]:
+            start = time.perf_counter()
+            tokens: list[Token] = []
+            show = _Shown(loaded, show_depth=show_depth, silent=as_json)
+            for token in loaded.generate(
+                given,
+                max_new_tokens,
+                temperature=temperature,
+                top_p=top_p,
+                top_k=top_k,
+                min_p=min_p,
+                repetition_penalty=repetition_penalty,
+                seed=seed,
+                stop=stop,
+                gate_bias=gate_bias,
+                min_depth=min_depth,
+            ):
+                tokens.append(token)
+                show.token(token)
             show.end(tokens)
+            return _result(loaded, given, tokens, time.perf_counter() - start)
+
+        for name in loaded.generation.unsupported:
+            click.echo(f"warning: {name} of generation_config.json is not followed", err=True)
+        if not chat:
+            result = answer(given)
+        else:
+            lines = _lines(ask=not as_json) if prompt is None else [prompt]
+            result = {"turns": _converse(loaded, lines, system, answer)}
+        if as_json:
+            emit_json(result)
+
+
+def _converse(
+    engine: Engine,
+    lines: Iterable[str],
+    system: str | None,
+    answer: Callable[[list[int]], dict[str, Any]],
+) -> list[dict[str, Any]]:
+    """Answer each line, knowing what was said before."""
+    messages = [] if system is None else [{"role": "system", "content": system}]
+    turns: list[dict[str, Any]] = []
+    for line in lines:
+        messages.append({"role": "user", "content": line})
+        turn = answer(engine.chat(messages))
+        messages.append({"role": "assistant", "content": turn["text"]})
+        turns.append({**turn, "prompt": line})
+    return turns
+
+
+def _lines(*, ask: bool) -> Iterator[str]:
+    """Lines of standard input that are not empty; with a mark before each, on a terminal."""
+    asking = ask and sys.stdin.isatty()
+    while True:
+        if asking:
+            click.echo("> ", nl=False)
+        line = sys.stdin.readline()
+        if not line:
+            return
+        if line.strip():
+            yield line.strip()
 
 
 def _parse_ids(text: str) -> list[int]:
@@ -155,6 +235,8 @@ class _Shown:
 
     def end(self, tokens: list[Token]) -> None:
         """Print the legend and the picture."""
+        if self._silent:
+            return
         click.echo()
         if self._console is None or not tokens:
             return

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import numpy as np
 import pytest
 from tokenizers import Tokenizer as Inner
 from tokenizers import decoders, models, pre_tokenizers
 
 from liquidc.errors import EngineError, InputError
-from liquidc.runtime import Engine, Token, read_eos
+from liquidc.generation import Generation
+from liquidc.runtime import Engine, Token
 from liquidc.session import DepthControls
 from liquidc.tokenizer import Tokenizer
 from tests.liquidc.fakes import CONTEXT, FakeRunner, manifest
@@ -129,7 +128,12 @@ def test_a_prompt_that_fills_the_context_gets_one_token(engine: Engine) -> None:
 
 
 def test_end_of_text_ends_it(tokenizer: Tokenizer) -> None:
-    engine = Engine(manifest(), FakeRunner(), tokenizer=tokenizer, eos=frozenset({ord("d")}))
+    engine = Engine(
+        manifest(),
+        FakeRunner(),
+        tokenizer=tokenizer,
+        generation=Generation(eos=frozenset({ord("d")})),
+    )
     assert text_of(list(engine.generate("a", 10))) == "bc"
 
 
@@ -237,14 +241,3 @@ def test_close_frees_the_runner() -> None:
 
 def test_depth_controls_default_is_nothing() -> None:
     assert DepthControls() == DepthControls(0.0, 0, None)
-
-
-def test_end_of_text_from_either_config(tmp_path: Path) -> None:
-    assert read_eos(tmp_path) == frozenset()
-    (tmp_path / "config.json").write_text('{"eos_token_id": 5}')
-    assert read_eos(tmp_path) == {5}
-    (tmp_path / "generation_config.json").write_text('{"eos_token_id": [1, 2]}')
-    assert read_eos(tmp_path) == {1, 2}
-    (tmp_path / "generation_config.json").write_text('{"eos_token_id": "x"}')
-    with pytest.raises(EngineError, match="eos_token_id must be an id or a list of ids"):
-        read_eos(tmp_path)
