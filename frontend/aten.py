@@ -57,6 +57,8 @@ def _operand_dtype(node: fx.Node) -> DType:
 for _name, _cls in {
     "neg": ops.Neg,
     "exp": ops.Exp,
+    "log": ops.Log,
+    "floor": ops.Floor,
     "sqrt": ops.Sqrt,
     "rsqrt": ops.Rsqrt,
     "tanh": ops.Tanh,
@@ -100,6 +102,13 @@ def _rsub(imp: Importer, node: fx.Node) -> Value:
     dtype = _out(imp, node).dtype
     a, b = (imp.operand(imp.arg(node, i), dtype) for i in range(2))
     return imp.emit(ops.Sub(b, a), node).y
+
+
+@translates("aten.log1p.default")
+def _log1p(imp: Importer, node: fx.Node) -> Value:
+    x = imp.operand(imp.arg(node, 0), _out(imp, node).dtype)
+    one = imp.operand(1.0, _out(imp, node).dtype)
+    return imp.emit(ops.Log(imp.emit(ops.Add(x, one), node).y), node).result
 
 
 @translates("aten.pow.Tensor_Scalar")

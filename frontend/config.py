@@ -14,12 +14,14 @@ from pathlib import Path
 from typing import Any
 
 from liquidc.errors import ConfigError
+from liquidc.frontend.attention_config import AttentionConfig
 from liquidc.frontend.fields import Fields
 from liquidc.frontend.moe_config import MoeConfig
+from liquidc.frontend.rope_config import read_rope
 
 IGNORED = frozenset(
     "_name_or_path architectures auto_map model_type liquid_version transformers_version use_cache "
-    "rope_parameters tokenizer_class".split()
+    "tokenizer_class".split()
 )
 """Top-level keys of Hugging Face configs that change nothing here, or are read on their own."""
 
@@ -29,7 +31,6 @@ FIXED: Mapping[str, object] = {
     "hidden_act": "silu",
     "mlp_bias": False,
     "pretraining_tp": 1,
-    "rope_scaling": None,
     "sliding_window": None,
 }
 """Top-level keys that are accepted at one value only: others would change the model."""
@@ -174,15 +175,20 @@ class LiquidConfig:
     intermediate_size: int | None = None
     rms_norm_eps: float = 1e-6
     rope_theta: float = 10000.0
+    rope_scaling: str = ""
     max_position_embeddings: int = 2048
     tie_word_embeddings: bool = False
     attention_bias: bool = False
     qk_norm: str = "none"
+    embedding_multiplier: float = 1.0
+    residual_multiplier: float = 1.0
+    logits_scaling: float = 1.0
     initializer_range: float = 0.02
     dtype: str = "float32"
     bos_token_id: int | None = None
     eos_token_id: int | tuple[int, ...] | None = None
     pad_token_id: int | None = None
+    attention: AttentionConfig = field(default_factory=AttentionConfig)
     depth_gate: DepthGateConfig = field(default_factory=DepthGateConfig)
     moe: MoeConfig = field(default_factory=MoeConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
@@ -209,6 +215,8 @@ class LiquidConfig:
             f"a divisor of hidden_size ({hidden}), or head_dim must be given",
         )
         vocab = f.integer("vocab_size", least=1)
+        positions = f.integer("max_position_embeddings", 2048, least=1)
+        theta, scaling = read_rope(f, positions)
         config = cls(
             vocab_size=vocab,
             hidden_size=hidden,
@@ -218,16 +226,21 @@ class LiquidConfig:
             head_dim=head_dim or hidden // heads,
             intermediate_size=f.optional_integer("intermediate_size"),
             rms_norm_eps=f.number("rms_norm_eps", 1e-6, above=0.0),
-            rope_theta=_rope_theta(f),
-            max_position_embeddings=f.integer("max_position_embeddings", 2048, least=1),
+            rope_theta=theta,
+            rope_scaling=scaling,
+            max_position_embeddings=positions,
             tie_word_embeddings=f.boolean("tie_word_embeddings", False),
             attention_bias=f.boolean("attention_bias", False),
             qk_norm=f.choice("qk_norm", "none", "head", "full"),
+            embedding_multiplier=f.number("embedding_multiplier", 1.0),
+            residual_multiplier=f.number("residual_multiplier", 1.0),
+            logits_scaling=f.number("logits_scaling", 1.0, above=0.0),
             initializer_range=f.number("initializer_range", 0.02, above=0.0),
             dtype=_dtype(f),
             bos_token_id=f.token("bos_token_id", vocab),
             eos_token_id=f.tokens("eos_token_id", vocab),
             pad_token_id=f.token("pad_token_id", vocab),
+            attention=AttentionConfig.read(f.get("attention", {})),
             depth_gate=DepthGateConfig.read(f.get("depth_gate", {})),
             moe=MoeConfig.read(f.get("moe", {})),
             training=TrainingConfig.read(f.get("training", {})),
@@ -270,7 +283,13 @@ class LiquidConfig:
             f"a divisor of num_attention_heads ({self.num_attention_heads})",
         )
         f.refuse_if(self.head_dim % 2 != 0, "head_dim", "even, for rotary embeddings")
-        chosen = {"depth_gate.layers": self.gated_layers, "moe.layers": self.moe_layers}
+        slides = self.attention.sliding_layers
+        chosen = {
+            "depth_gate.layers": self.gated_layers,
+            "moe.layers": self.moe_layers,
+            "attention.sliding_layers": () if isinstance(slides, str) else slides,
+            "attention.no_rope_layers": self.attention.no_rope_layers,
+        }
         for name, indices in chosen.items():
             if any(i >= layers for i in indices):
                 raise ConfigError(
@@ -331,20 +350,6 @@ class LiquidConfig:
         """
         width = self.intermediate_size or self.expert_width
         return self.depth_gate.adapter_intermediate_size or max(1, width // 16)
-
-
-def _rope_theta(f: Fields) -> float:
-    """`rope_theta`, or the one inside `rope_parameters` (as transformers 5 writes it)."""
-    theta = f.number("rope_theta", 10000.0, above=0.0)
-    data = f.get("rope_parameters", None)
-    if data is None:
-        return theta
-    inner = Fields("rope_parameters.", data)
-    inner.only("rope_type", "default")
-    nested = inner.number("rope_theta", theta, above=0.0)
-    inner.finish()
-    f.refuse_if("rope_theta" in f and nested != theta, "rope_theta", f"{nested} as rope_parameters")
-    return nested
 
 
 def _dtype(f: Fields) -> str:

@@ -45,10 +45,13 @@ class Fields:
         """Accept these keys with any value."""
         self._read.update(names)
 
+    def unread(self) -> list[str]:
+        """Keys that were never read."""
+        return sorted(set(self._data) - self._read)
+
     def finish(self) -> None:
         """Refuse keys that were never read."""
-        unknown = sorted(set(self._data) - self._read)
-        if unknown:
+        if unknown := self.unread():
             names = ", ".join(self._prefix + name for name in unknown)
             raise ConfigError(f"unknown field {names}; known here: {', '.join(sorted(self._read))}")
 
@@ -96,6 +99,16 @@ class Fields:
     def optional_integer(self, name: str) -> int | None:
         """A positive integer, or null."""
         return None if self.get(name, None) is None else self.integer(name, least=1)
+
+    def optional_list(self, name: str, length: int, *values: object) -> list[Any] | None:
+        """A list of `length` items, each one of `values`; or null."""
+        found = self.get(name, None)
+        if found is None:
+            return None
+        items = cast("list[Any]", found) if isinstance(found, list) else []
+        if len(items) != length or not all(item in values for item in items):
+            self.refuse(name, f"a list of {length} of {', '.join(map(str, values))}")
+        return items
 
     def number(
         self,

@@ -38,7 +38,8 @@ class Layer(nn.Module):
         self.inherits = policy == "inherit" and self.gates_attention and index > 0
         self.records_kv = policy == "inherit" and config.num_gates > 0
         self.input_layernorm = nn.RMSNorm(hidden, eps=eps)
-        self.self_attn = Attention(config)
+        self.self_attn = Attention(config, index)
+        self.residual_scale = config.residual_multiplier
         self.post_attention_layernorm = nn.RMSNorm(hidden, eps=eps)
         self.mlp: FeedForward | MixtureOfExperts
         if index in config.moe_layers:
@@ -141,12 +142,12 @@ class Layer(nn.Module):
         if "key" in t:
             cache = LayerCache(t["key"], t["value"], t["length"])
             cache, limit = protocol.append(cache, k, v, written)
-            mixed = protocol.attend(q, cache.key, cache.value, limit, attn.scale)
+            mixed = attn.attend(q, cache, limit)
             out |= {"key": cache.key, "value": cache.value}
         else:
             visible = written if self.drops else None
-            mixed = protocol.attend_sequence(q, k, v, visible, attn.scale)
-        a, target = attn.output(mixed), self.gate.scale_target
+            mixed = attn.attend_sequence(q, k, v, visible)
+        a, target = self._scaled(attn.output(mixed)), self.gate.scale_target
         if target == "both":
             a = _times(t.get("alpha_a"), a)
         if self.gates_attention:
@@ -184,7 +185,7 @@ class Layer(nn.Module):
             f, out["experts"] = self.mlp(n, t["mask_f"], step)
         else:
             f = self.mlp(n)
-        f = _times(t.get("alpha_f"), f)
+        f = _times(t.get("alpha_f"), self._scaled(f))
         if self.gates_ffn:
             f = keep(t["mask_f"], f, t["p_f"])
         out["y"] = t.get("base", t["h"]) + f
@@ -205,6 +206,10 @@ class Layer(nn.Module):
             n = self.post_attention_layernorm(t["h"])
             out["y"] = out["y"] + _times(t.get("beta"), self.depth_adapter(n))
         return out
+
+    def _scaled(self, branch: Tensor) -> Tensor:
+        """What a sublayer adds to the state."""
+        return branch if self.residual_scale == 1.0 else branch * self.residual_scale
 
     def _written(self, t: Tensors) -> Tensor:
         """Which tokens get a slot in the cache, bool[B, T]."""

@@ -17,6 +17,7 @@ from liquidc.frontend.moe import Experts
 from liquidc.frontend.protocol import LayerCache, Step
 from liquidc.frontend.router import DepthRouter
 from liquidc.frontend.semantic_ops import at_least_float32
+from liquidc.ir.weights import materialize
 
 
 @dataclass
@@ -72,15 +73,19 @@ class LiquidForCausalLM(nn.Module):
 
     @classmethod
     def from_directory(cls, path: str | Path) -> LiquidForCausalLM:
-        """The float32 model of a checkpoint directory.
+        """The float32 model of a checkpoint directory, of any family that is supported.
 
         Raises:
             ConfigError: config.json is not supported.
             CheckpointError: the weights are damaged or don't fit.
         """
-        config = LiquidConfig.from_file(Path(path) / "config.json")
-        model = cls(config)
-        checkpoint.load_into(model, Path(path))
+        from liquidc.frontend.families import open_model
+
+        found = open_model(Path(path))
+        model = cls(found.config)
+        with torch.no_grad():
+            for name, parameter in model.state_dict().items():
+                parameter.copy_(materialize(found.weights[name], found.source))
         return model
 
     def save_directory(self, path: str | Path) -> None:
@@ -108,13 +113,16 @@ class LiquidForCausalLM(nn.Module):
     def embed(self, input_ids: Tensor, positions: Tensor) -> Tensor:
         """Ids i64[B, T] -> states [B, T, D]; positions enter in the layers."""
         del positions
-        return self.model.embed_tokens(input_ids)
+        x, scale = self.model.embed_tokens(input_ids), self.config.embedding_multiplier
+        return x if scale == 1.0 else x * scale
 
     def head(self, x: Tensor) -> Tensor:
         """Final norm and logits f32[B, T, V] of states [B, T, D]."""
         x = self.model.norm(x)
         weight = self.model.embed_tokens.weight if self.lm_head is None else self.lm_head.weight
-        return at_least_float32(F.linear(x, weight))
+        logits = at_least_float32(F.linear(x, weight))
+        scale = self.config.logits_scaling
+        return logits if scale == 1.0 else logits / scale
 
     def new_cache(self, batch: int, capacity: int) -> LiquidCache:
         """An empty cache of `capacity` slots for `batch` rows."""

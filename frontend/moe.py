@@ -33,13 +33,69 @@ def glu_expert(x: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
     return F.linear(F.silu(gate) * up, down)
 
 
-class Experts(nn.Module):
-    """The stacked weights of E experts: gate_up_proj [E, 2I, D], down_proj [E, D, I]."""
+@protocol.expert
+def biased_glu_expert(
+    x: Tensor, gate_up: Tensor, gate_up_bias: Tensor, down: Tensor, down_bias: Tensor
+) -> Tensor:
+    """`glu_expert` with biases [2I] and [D]."""
+    gate, up = F.linear(x, gate_up, gate_up_bias).chunk(2, dim=-1)
+    return F.linear(F.silu(gate) * up, down, down_bias)
 
-    def __init__(self, experts: int, hidden: int, width: int) -> None:
+
+LIMIT, STEEPNESS = 7.0, 1.702
+"""Of the clamped activation (GPT-OSS: `swiglu_limit`, `alpha`)."""
+
+
+def clamped_glu(gate: Tensor, up: Tensor) -> Tensor:
+    """`(clamp(up) + 1) · g · sigmoid(1.702 · g)`, g = min(gate, 7), clamp to ±7 (GPT-OSS)."""
+    gate, up = gate.clamp(max=LIMIT), up.clamp(min=-LIMIT, max=LIMIT)
+    return (up + 1) * (gate * torch.sigmoid(gate * STEEPNESS))
+
+
+@protocol.expert
+def clamped_glu_expert(x: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
+    """`glu_expert` with the activation `clamped_glu`."""
+    gate, up = F.linear(x, gate_up).chunk(2, dim=-1)
+    return F.linear(clamped_glu(gate, up), down)
+
+
+@protocol.expert
+def biased_clamped_glu_expert(
+    x: Tensor, gate_up: Tensor, gate_up_bias: Tensor, down: Tensor, down_bias: Tensor
+) -> Tensor:
+    """`biased_glu_expert` with the activation `clamped_glu`."""
+    gate, up = F.linear(x, gate_up, gate_up_bias).chunk(2, dim=-1)
+    return F.linear(clamped_glu(gate, up), down, down_bias)
+
+
+BODIES = {
+    ("silu_glu", False): glu_expert,
+    ("silu_glu", True): biased_glu_expert,
+    ("clamped_glu", False): clamped_glu_expert,
+    ("clamped_glu", True): biased_clamped_glu_expert,
+}
+"""Bodies of experts by activation, with biases or without."""
+
+
+class Experts(nn.Module):
+    """The stacked weights of E experts: gate_up_proj [E, 2I, D], down_proj [E, D, I].
+
+    With biases also gate_up_proj_bias [E, 2I] and down_proj_bias [E, D].
+    """
+
+    def __init__(self, experts: int, hidden: int, width: int, bias: bool = False) -> None:
         super().__init__()
         self.gate_up_proj = nn.Parameter(torch.empty(experts, 2 * width, hidden))
         self.down_proj = nn.Parameter(torch.empty(experts, hidden, width))
+        self.gate_up_proj_bias = self.down_proj_bias = None
+        if bias:
+            self.gate_up_proj_bias = nn.Parameter(torch.empty(experts, 2 * width))
+            self.down_proj_bias = nn.Parameter(torch.empty(experts, hidden))
+
+    def weights(self) -> list[Tensor]:
+        """In the order in which a body takes them."""
+        given = (self.gate_up_proj, self.gate_up_proj_bias, self.down_proj, self.down_proj_bias)
+        return [weight for weight in given if weight is not None]
 
 
 class ExpertRouter(nn.Linear):
@@ -60,7 +116,7 @@ class MixtureOfExperts(nn.Module):
         moe, hidden = config.moe, config.hidden_size
         self.config = moe
         self.gate = ExpertRouter(hidden, moe.num_choices, moe.router_bias, moe.selection_bias)
-        self.experts = Experts(moe.num_experts, hidden, config.expert_width)
+        self.experts = Experts(moe.num_experts, hidden, config.expert_width, moe.expert_bias)
         self.shared_expert = None
         self.shared_expert_gate = None
         if moe.shared_intermediate_size:
@@ -89,13 +145,12 @@ class MixtureOfExperts(nn.Module):
             group_fill=moe.group_fill,
             scaling=moe.routed_scaling_factor,
         )
-        weights = (self.experts.gate_up_proj, self.experts.down_proj)
         y = protocol.dispatch(
             x,
             index,
             weight,
-            glu_expert,
-            weights,
+            BODIES[moe.expert_act, moe.expert_bias],
+            self.experts.weights(),
             apply=moe.apply,
             identity=moe.num_zero_experts,
         )

@@ -11,7 +11,8 @@ from liquidc.frontend.fields import Fields
 class MoeConfig:
     """The experts and their generic router (model spec 2.1). `num_experts` 0 means dense.
 
-    `num_zero_experts` identity experts follow: one that is chosen gives back its input.
+    `num_zero_experts` identity experts follow: one that is chosen gives back its input. The
+    activation clamped_glu is that of GPT-OSS (see `frontend.moe`).
     """
 
     num_experts: int = 0
@@ -32,6 +33,8 @@ class MoeConfig:
     apply: str = "output"
     shared_intermediate_size: int = 0
     shared_gate: str = "none"
+    expert_act: str = "silu_glu"
+    expert_bias: bool = False
 
     @classmethod
     def read(cls, data: object) -> MoeConfig:
@@ -41,8 +44,6 @@ class MoeConfig:
             ConfigError: an unknown field, an unsupported value, or a contradiction.
         """
         f = Fields("moe.", data)
-        f.only("expert_bias", False)
-        f.only("expert_act", "silu_glu")
         every = f.get("layers", "all") == "all"
         moe = cls(
             num_experts=f.integer("num_experts", 0, least=0),
@@ -63,6 +64,8 @@ class MoeConfig:
             apply=f.choice("apply", "output", "input"),
             shared_intermediate_size=f.integer("shared_intermediate_size", 0, least=0),
             shared_gate=f.choice("shared_gate", "none", "sigmoid"),
+            expert_act=f.choice("expert_act", "silu_glu", "clamped_glu"),
+            expert_bias=f.boolean("expert_bias", False),
         )
         f.finish()
         if moe.num_experts:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from liquidc.frontend.importer import DTYPES, Importer, Part, count_conditionals, export, traced
 from liquidc.frontend.protocol import LayerCache, Step
 from liquidc.ir import Dim, Function, Module, TensorType, Value
-from liquidc.ir.weights import Stored
+from liquidc.ir.weights import Stored, WeightExpr
 from liquidc.ir.weights import cast as cast_weight
 
 B, T, S, P = "B", "T", "S", "P"
@@ -38,14 +38,14 @@ class PartTracer:
     """Weights by name, and parts as graphs."""
 
     def __init__(
-        self, model: nn.Module, stored: Mapping[str, TensorType] | None, name: str
+        self, model: nn.Module, weights: Mapping[str, WeightExpr] | None, name: str
     ) -> None:
         self.model = model
         self.module = Module(name)
         tensors = dict(model.named_parameters(remove_duplicate=False))
         tensors |= dict(model.named_buffers(remove_duplicate=False))
         self.tensors = tensors
-        self.stored = stored
+        self.weights = weights
 
     def export(
         self, part: nn.Module, args: Sequence[tuple[Sequence[Dim], torch.dtype] | None]
@@ -108,9 +108,11 @@ class PartTracer:
         if name not in self.module.weights:
             tensor = self.tensors[name]
             dtype = DTYPES[tensor.dtype]
-            type = TensorType(dtype, tuple(tensor.shape))
-            stored = type if self.stored is None else self.stored[name]
-            self.module.weights[name] = cast_weight(Stored(name, stored), dtype)
+            if self.weights is None:
+                expr: WeightExpr = Stored(name, TensorType(dtype, tuple(tensor.shape)))
+            else:
+                expr = self.weights[name]
+            self.module.weights[name] = cast_weight(expr, dtype)
         return importer.weight(name)
 
 

@@ -129,9 +129,12 @@ def straight_through(mask: Tensor, p: Tensor) -> Tensor:
     return mask.to(p.dtype) + (p - p.detach())
 
 
-def rope(x: Tensor, positions: Tensor, theta: float) -> Tensor:
-    """Rotary embedding of x [B, T, H, hd] at positions i64[B, T]; see `semantic_ops.rope`."""
-    return _op("rope")(x, positions, theta)
+def rope(x: Tensor, positions: Tensor, theta: float, scaling: str = "") -> Tensor:
+    """Rotary embedding of x [B, T, H, hd] at positions i64[B, T]; see `semantic_ops.rope`.
+
+    `scaling` is the text of a `liquidc.ir.rotary.Scaling`.
+    """
+    return _op("rope")(x, positions, theta, scaling)
 
 
 def append(cache: LayerCache, k: Tensor, v: Tensor, mask: Tensor) -> tuple[LayerCache, Tensor]:
@@ -155,21 +158,51 @@ def append(cache: LayerCache, k: Tensor, v: Tensor, mask: Tensor) -> tuple[Layer
     return LayerCache(key, value, length), cache.length.unsqueeze(1) + count.cumsum(1)
 
 
-def attend(q: Tensor, key: Tensor, value: Tensor, limit: Tensor, scale: float) -> Tensor:
+def attend(
+    q: Tensor,
+    key: Tensor,
+    value: Tensor,
+    limit: Tensor,
+    scale: float,
+    *,
+    window: int = 0,
+    chunk: int = 0,
+    sink: Tensor | None = None,
+) -> Tensor:
     """Attention of q [B, T, H, hd] over cached key, value [B, KV, S, hd]: [B, T, H, hd].
 
-    Query (b, t) sees the slots j < limit[b, t]; with none it is 0.
+    Query (b, t) sees the slots j < limit[b, t]; with none it is 0. With a `window`, the last of
+    them; with a `chunk`, those of its own chunk. `sink` [H] are scores that take their part of
+    each head's softmax and give nothing.
     """
-    return _op("attend")(q, key, value, limit, scale)
+    return _op("attend")(q, key, value, limit, sink, scale, window, chunk)
 
 
 def attend_sequence(
-    q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None, scale: float
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    visible: Tensor | None,
+    scale: float,
+    *,
+    window: int = 0,
+    chunk: int = 0,
+    sink: Tensor | None = None,
 ) -> Tensor:
     """Causal attention without a cache, for training: q [B, T, H, hd], k and v [B, T, KV, hd].
 
-    visible bool[B, T] says which tokens are keys (None: all); a token always sees itself.
+    visible bool[B, T] says which tokens are keys (None: all); a token always sees itself. The rest
+    as in `attend`.
+
+    Raises:
+        InputError: a window, a chunk or a sink together with keys that are left out.
     """
+    if window or chunk or sink is not None:
+        if visible is not None:
+            raise InputError("training under the cache policy drop knows no window, chunk or sink")
+        limit = torch.arange(1, q.shape[1] + 1, device=q.device).expand(q.shape[:2])
+        key, value = k.transpose(1, 2), v.transpose(1, 2)
+        return ops.attend(q, key, value, limit, sink, scale, window, chunk)
     groups = q.shape[2] // k.shape[2]
     query, key, value = (
         t.transpose(1, 2) for t in (q, *(x.repeat_interleave(groups, 2) for x in (k, v)))

@@ -158,9 +158,11 @@ def _inline(imp: Importer, body: torch.export.ExportedProgram, inputs: Sequence[
 
 SEMANTIC: dict[str, Import] = {
     "cond": _cond,
-    "liquid.rope.default": _whole(ops.Rope, ["x", "positions"], ["theta"]),
+    "liquid.rope.default": _whole(ops.Rope, ["x", "positions"], ["theta", "scaling"]),
     "liquid.append.default": _whole(ops.Append, ["cache", "new", "length", "mask"], []),
-    "liquid.attend.default": _whole(ops.Attend, ["q", "key", "value", "limit"], ["scale"]),
+    "liquid.attend.default": _whole(
+        ops.Attend, ["q", "key", "value", "limit", "sink"], ["scale", "window", "chunk"]
+    ),
     "liquid.depth_gate.default": _depth_gate,
     "liquid.route.default": _whole(
         ops.Route,

@@ -16,7 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from liquidc.ir.semantics import append, depth_gate, rope, route
+from liquidc.ir import semantics
+from liquidc.ir.semantics import append, depth_gate, rope, route, seen
 
 
 @dataclass(frozen=True)
@@ -39,16 +40,30 @@ def at_least_float32(x: Tensor) -> Tensor:
     return x if x.dtype in (torch.float32, torch.float64) else x.to(torch.float32)
 
 
-def attend(q: Tensor, key: Tensor, value: Tensor, limit: Tensor, scale: float) -> Tensor:
+def attend(
+    q: Tensor,
+    key: Tensor,
+    value: Tensor,
+    limit: Tensor,
+    sink: Tensor | None,
+    scale: float,
+    window: int,
+    chunk: int,
+) -> Tensor:
     """Softmax attention of q [B, T, H, hd] over a cache: key, value [B, KV, S, hd].
 
-    Query (b, t) sees the slots j < limit[b, t] and is 0 where that is none. Query head h reads
-    key/value head h · KV // H. The IR's definition bears NaN in slots that nobody sees; this one
-    is PyTorch's own attention, which trains faster.
+    Query (b, t) sees slots j < limit[b, t] (see `ops.Attend` for window, chunk and sink f32[H]) and
+    is 0 where that is none. Query head h reads key/value head h · KV // H. The IR's definition
+    bears NaN in slots that nobody sees; this one is PyTorch's own attention, which trains faster,
+    as far as that knows no sink.
     """
-    seen = torch.arange(key.shape[2], device=q.device) < limit.unsqueeze(-1)
+    if sink is not None:
+        return semantics.attend(
+            q, key, value, limit, sink=sink, scale=scale, window=window, chunk=chunk
+        )
+    visible = seen(key.shape[2], limit, window, chunk)
     mixed = F.scaled_dot_product_attention(
-        q.transpose(1, 2), key, value, seen.unsqueeze(1), scale=scale, enable_gqa=True
+        q.transpose(1, 2), key, value, visible.unsqueeze(1), scale=scale, enable_gqa=True
     )
     return torch.where((limit > 0)[..., None, None], mixed.transpose(1, 2), 0.0)
 
@@ -161,13 +176,14 @@ def _as_route(
     return torch.empty_like(chosen, dtype=torch.int64), torch.empty_like(chosen)
 
 
-_define("rope", "(Tensor x, Tensor positions, float theta) -> Tensor", rope, _as_first)
+_define("rope", "(Tensor x, Tensor positions, float theta, str scaling) -> Tensor", rope, _as_first)
 _define(
     "append", "(Tensor cache, Tensor new, Tensor length, Tensor mask) -> Tensor", append, _as_first
 )
 _define(
     "attend",
-    "(Tensor q, Tensor key, Tensor value, Tensor limit, float scale) -> Tensor",
+    "(Tensor q, Tensor key, Tensor value, Tensor limit, Tensor? sink, float scale, int window, "
+    "int chunk) -> Tensor",
     attend,
     _as_first,
 )

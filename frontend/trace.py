@@ -32,6 +32,7 @@ from liquidc.frontend.parts import (
 )
 from liquidc.frontend.protocol import LayerCache
 from liquidc.ir import Dim, DType, Function, Module, TensorType, Value, ops, verify
+from liquidc.ir.weights import WeightExpr
 
 I64, F32, BOOL, I8 = DType.I64, DType.F32, DType.BOOL, DType.I8
 
@@ -64,16 +65,14 @@ def trace_directory(directory: Path) -> Module:
         CheckpointError: a tensor is missing or has another shape.
         UnsupportedError: the model does something that has no translation.
     """
-    from liquidc.frontend.checkpoint import CheckpointSource
-    from liquidc.frontend.config import LiquidConfig
+    from liquidc.frontend.families import open_model
     from liquidc.frontend.model import LiquidForCausalLM
 
-    config = LiquidConfig.from_file(directory / "config.json")
+    checkpoint = open_model(directory)
+    config = checkpoint.config
     with torch.device("meta"):
         model = LiquidForCausalLM(config)
-    source = CheckpointSource(directory)
-    source.check(model)
-    module = trace(model, source.types())
+    module = trace(model, checkpoint.weights)
     module.attributes |= {
         "max_positions": config.max_position_embeddings,
         "vocab_size": config.vocab_size,
@@ -83,14 +82,13 @@ def trace_directory(directory: Path) -> Module:
 
 
 def trace(
-    model: nn.Module, stored: Mapping[str, TensorType] | None = None, name: str = "model"
+    model: nn.Module, weights: Mapping[str, WeightExpr] | None = None, name: str = "model"
 ) -> Module:
     """The IR of a module: @prefill and @decode if it is a `Decoder`, else @prefill alone.
 
     Args:
         model: in evaluation or training mode; it is traced as in evaluation. Weights are not read.
-        stored: types of the checkpoint's tensors by parameter name; the default is the types of
-            the parameters themselves.
+        weights: what each parameter is made of, by name; by default the tensor of that name.
         name: of the IR module.
 
     Raises:
@@ -105,8 +103,8 @@ def trace(
                 "only @prefill is compiled, without a cache",
                 type(model).__name__,
             )
-            return _PlainTracer(model, stored, name).run()
-        return _Tracer(model, stored, name).run()
+            return _PlainTracer(model, weights, name).run()
+        return _Tracer(model, weights, name).run()
     finally:
         model.train(training)
 
@@ -152,9 +150,9 @@ class _Tracer(PartTracer):
     """A `Decoder`: embed, layers, head, stitched into functions over a cache."""
 
     def __init__(
-        self, model: nn.Module, stored: Mapping[str, TensorType] | None, name: str
+        self, model: nn.Module, weights: Mapping[str, WeightExpr] | None, name: str
     ) -> None:
-        super().__init__(model, stored, name)
+        super().__init__(model, weights, name)
         self.decoder = cast(Decoder, model)
         with torch.device("meta"):
             caches: list[LayerCache] = list(_on_meta_cache(self.decoder))

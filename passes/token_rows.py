@@ -175,7 +175,10 @@ class Side(KnownMask):
                     self.token_mask,
                     op.key_scale and arm.dense(op.key_scale),
                     op.value_scale and arm.dense(op.value_scale),
+                    op.sink and arm.dense(op.sink),
                     scale=op.scale,
+                    window=op.window,
+                    chunk=op.chunk,
                     loc=op.loc,
                 )
                 return arm.emit(attend).y

@@ -122,8 +122,8 @@ def is_prefix(mask: Value) -> bool:
 def fused_with(op: Appending) -> ops.Attend | ops.AttendRows | None:
     """The attention in the same block over this append and its twin, if one node can do all three.
 
-    GroupQueryAttention lets query number i of a row see `length + i + 1` slots, and wants heads of
-    a multiple of 8 (ONNX Runtime 1.32).
+    GroupQueryAttention lets query number i of a row see `length + i + 1` slots or the last of them,
+    and wants heads of a multiple of 8 (ONNX Runtime 1.32).
     """
     for user in op.y.uses:
         if isinstance(user, ops.Attend | ops.AttendRows) and user.parent is op.parent:
@@ -134,6 +134,7 @@ def fused_with(op: Appending) -> ops.Attend | ops.AttendRows | None:
                 and key.parent is value.parent is user.parent
                 and (key.length, key.mask) == (value.length, value.mask)
                 and sizes(user.q.shape[-1:])[0] % 8 == 0
+                and not user.chunk
                 and _sees_in_order(user, key)
             ):
                 return user
@@ -249,12 +250,35 @@ def attend(g: Graph, op: ops.Attend | ops.AttendRows) -> list[str]:
     slots = g.op("Range", [g.const(0), g.op("Squeeze", [most, g.const([0])]), g.const(1)])
     limits = g.op("Unsqueeze", [limit, g.const([1, 3])])
     mask = g.op("Less", [slots, limits])
+    if op.window or op.chunk:
+        first = g.op("Sub", [limits, g.const(op.window or 1)])
+        if op.chunk:
+            first = g.op("Mul", [g.op("Div", [first, g.const(op.chunk)]), g.const(op.chunk)])
+        mask = g.op("And", [mask, g.op("GreaterOrEqual", [slots, first])])
+    if op.sink is not None:
+        keys, values, mask = _with_sink(g, op.sink, keys, values, mask)
     y = g.op("Attention", [q, keys, values, mask], scale=op.scale)
     y = g.op("Transpose", [y], perm=[0, 2, 1, 3])
     if isinstance(op, ops.AttendRows):
         return [unpad(g, y, op.mask, op.y.shape)]
     some = g.op("Unsqueeze", [g.op("Greater", [limit, g.const(0)]), g.const([2, 3])])
     return [g.op("Where", [some, y, g.const(0.0, np.float32)])]
+
+
+def _with_sink(g: Graph, sink: Value, keys: str, values: str, mask: str) -> tuple[str, str, str]:
+    """One more slot of zeros, which the queries of mask [B, 1, T, S] see at their head's score."""
+    heads = sizes(sink.shape)[0]
+    low = g.const(np.finfo(np.float32).min, np.float32)
+    scores = g.op("Where", [mask, g.const(0.0, np.float32), low])
+    scores = g.op("Expand", [scores, g.const([1, heads, 1, 1])])
+    column = g.op("Reshape", [g.name(sink), g.const([1, heads, 1, 1])])
+    shape = g.op("Concat", [g.op("Shape", [mask], end=3), g.const([1])], axis=0)
+    scores = g.op("Concat", [scores, g.op("Expand", [column, shape])], axis=3)
+    one = [g.const([0]), g.const([1]), g.const([2])]
+    shape = g.op("Shape", [g.op("Slice", [keys, *one])])
+    empty = g.op("ConstantOfShape", [shape])
+    keys, values = (g.op("Concat", [slots, empty], axis=2) for slots in (keys, values))
+    return keys, values, scores
 
 
 def _with_append(g: Graph, op: ops.Attend | ops.AttendRows) -> str:
@@ -287,16 +311,19 @@ def _with_append(g: Graph, op: ops.Attend | ops.AttendRows) -> str:
     turned: dict[str, Any] = {}
     tables = [""] * 3
     if rotation is not None:
-        cos, sin, rows = rope_tables(g, rotation[0].theta, width)
+        cos, sin, rows = rope_tables(g, rotation[0])
         positions = g.name(rotation[0].positions)
         tables = [cos, sin, pad(g, positions, key.mask) if compact else positions]
         # No token lies beyond the context; buffers may.
         capacity = g.op("Min", [capacity, g.const(rows, np.int32)])
         turned["do_rotary"] = 1
+    if op.window:
+        turned["local_window_size"] = op.window
     scales = [(scale and _scale(g, scale)) or "" for scale in (key.scale, value.scale)]
     inputs += [g.name(key.cache), g.name(value.cache), last, capacity]
     count = g.op("Reshape", [where.count, g.const([-1])])
-    inputs += [*tables, *[""] * 2, *scales, *[""] * 2, count]
+    sink = "" if op.sink is None else g.name(op.sink)
+    inputs += [*tables, "", sink, *scales, *[""] * 2, count]
     codes: dict[str, Any] = {}
     if all(scales):
         codes = dict.fromkeys(("k_quant_type", "v_quant_type"), "PER_CHANNEL")
@@ -329,7 +356,11 @@ def _rotation(q: Value, k: Value) -> tuple[ops.Rope, ops.Rope] | None:
         return None
     if sizes(q.shape[-1:])[0] % 16:
         return None
-    alike = (one.positions, one.theta) == (other.positions, other.theta)
+    alike = (one.positions, one.theta, one.scaling) == (
+        other.positions,
+        other.theta,
+        other.scaling,
+    )
     return (one, other) if alike else None
 
 

@@ -154,6 +154,8 @@ EMIT: dict[type[Op], Emit] = {
     ops.CumSum: _cumsum,
     ops.Neg: _same("Neg"),
     ops.Exp: _same("Exp"),
+    ops.Log: _same("Log"),
+    ops.Floor: _same("Floor"),
     ops.Sqrt: _same("Sqrt"),
     ops.Tanh: _by_row("Tanh"),
     ops.Sigmoid: _same("Sigmoid"),

@@ -296,6 +296,8 @@ COMPUTE: dict[type[Op], Callable[..., Any]] = {
     ops.Iota: lambda op, frame: torch.arange(frame.size(op.dim)),
     ops.Neg: _unary(torch.neg),
     ops.Exp: _unary(torch.exp),
+    ops.Log: _unary(torch.log),
+    ops.Floor: _unary(torch.floor),
     ops.Sqrt: _unary(torch.sqrt),
     ops.Rsqrt: _unary(torch.rsqrt),
     ops.Tanh: _unary(torch.tanh),

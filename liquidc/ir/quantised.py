@@ -17,8 +17,9 @@ from __future__ import annotations
 
 import hashlib
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
 from liquidc.errors import InputError
 from liquidc.ir.types import DType, TensorType
@@ -26,6 +27,8 @@ from liquidc.ir.weights import Box, WeightExpr, WeightSource
 
 if TYPE_CHECKING:
     import torch
+
+T = TypeVar("T")
 
 BITS = {"int4": 4, "int8": 8, "e4m3": 8}
 """Bits of a code by format."""
@@ -49,6 +52,13 @@ class Blocks(NamedTuple):
     """
 
     codes: torch.Tensor
+    scales: torch.Tensor
+    zeros: torch.Tensor | None
+
+
+class Steps(NamedTuple):
+    """Quantised blocks without their codes: `scales` and `zeros` of `Blocks`."""
+
     scales: torch.Tensor
     zeros: torch.Tensor | None
 
@@ -77,32 +87,47 @@ def round_to_nearest(x: torch.Tensor, format: str, block: int, *, symmetric: boo
 
     A symmetric int4 block maps its element of largest size to -8 times the scale, as Q4_0 does: of
     the sixteen codes none is lost, and the largest element is exact.
+
+    Raises:
+        InputError: an element is inf or NaN.
+    """
+    import torch
+
+    x = x.float()
+    steps = find_steps(x, format, block, symmetric=symmetric)
+    x = x.unflatten(-1, (-1, block)) / steps.scales[..., None]
+    if format == "e4m3":
+        codes = x.clamp_(-LARGEST, LARGEST).to(torch.float8_e4m3fn).view(torch.uint8)
+        return Blocks(codes, *steps)
+    x.round_().add_(ZERO[format] if steps.zeros is None else steps.zeros[..., None])
+    return Blocks(x.clamp_(0, 2 ** BITS[format] - 1).to(torch.uint8), *steps)
+
+
+def find_steps(x: torch.Tensor, format: str, block: int, *, symmetric: bool) -> Steps:
+    """The scales and zero points of `round_to_nearest`.
+
+    Raises:
+        InputError: an element is inf or NaN.
     """
     import torch
 
     x = x.float().unflatten(-1, (-1, block))
-    if not bool(torch.isfinite(x).all()):
+    low, high = x.amin(-1), x.amax(-1)
+    if not bool((torch.isfinite(low) & torch.isfinite(high)).all()):
         raise InputError("a weight to quantise holds inf or NaN")
-    top = x.abs().amax(-1, keepdim=True)
-    if format == "e4m3":
-        scale = _positive(top / LARGEST)
-        codes = (x / scale).clamp(-LARGEST, LARGEST).to(torch.float8_e4m3fn).view(torch.uint8)
-        return Blocks(codes, scale[..., 0], None)
-    levels = 2 ** BITS[format] - 1
     if not symmetric:
-        low, high = x.amin(-1, keepdim=True).clamp(max=0), x.amax(-1, keepdim=True).clamp(min=0)
-        scale = _positive((high - low) / levels)
-        zero = torch.round(-low / scale).clamp(0, levels)
-        codes = (torch.round(x / scale) + zero).clamp(0, levels)
-        return Blocks(codes.to(torch.uint8), scale[..., 0], zero[..., 0].to(torch.uint8))
-    zero = ZERO[format]
+        levels = 2 ** BITS[format] - 1
+        low, high = low.clamp(max=0), high.clamp(min=0)
+        scales = _positive((high - low) / levels)
+        return Steps(scales, torch.round(-low / scales).clamp(0, levels).to(torch.uint8))
+    top = torch.maximum(high, -low)
     if format == "int4":
-        extreme = torch.gather(x, -1, x.abs().argmax(-1, keepdim=True))
-        scale = torch.where(extreme == 0, 1.0, extreme / -zero)
-    else:
-        scale = _positive(top / (zero - 1))
-    codes = (torch.round(x / scale) + zero).clamp(0, levels)
-    return Blocks(codes.to(torch.uint8), scale[..., 0], None)
+        extreme = torch.where(high == top, high, low)
+        tied = high == -low  # the first of the two: to look for it takes five times as long
+        both = x[tied]
+        extreme[tied] = torch.gather(both, -1, both.abs().argmax(-1, keepdim=True))[..., 0]
+        return Steps(torch.where(extreme == 0, 1.0, extreme / -ZERO[format]), None)
+    return Steps(_positive(top / (LARGEST if format == "e4m3" else ZERO[format] - 1)), None)
 
 
 def _positive(scale: torch.Tensor) -> torch.Tensor:
@@ -195,13 +220,15 @@ class Quantised(WeightExpr):
         """See `WeightExpr`."""
         return self.x.sources()
 
-    def _quantised(self, source: WeightSource, rows: Box, blocks: tuple[int, int]) -> Blocks:
-        """Whole blocks of some rows."""
+    def _of_blocks(
+        self, make: Callable[..., T], source: WeightSource, rows: Box, blocks: tuple[int, int]
+    ) -> T:
+        """What `round_to_nearest` or `find_steps` makes of whole blocks of some rows."""
         low, high = blocks
         box = (*rows, (low * self.block, high * self.block))
         x = self.x.read(source, box)
         try:
-            return round_to_nearest(x, self.format, self.block, symmetric=self.symmetric)
+            return make(x, self.format, self.block, symmetric=self.symmetric)
         except InputError as error:
             raise InputError(f"{', '.join(self.sources())}: {error}") from None
 
@@ -243,7 +270,7 @@ class Codes(Quantised):
         return self._text("codes")
 
     def _rounded(self, source: WeightSource, box: Box) -> torch.Tensor:
-        codes = self._quantised(source, box[:-2], box[-2]).codes
+        codes = self._of_blocks(round_to_nearest, source, box[:-2], box[-2]).codes
         codes = pack(codes) if BITS[self.format] == 4 else codes
         return codes[..., slice(*box[-1])]
 
@@ -261,7 +288,7 @@ class Scales(Quantised):
         return self._text("scales")
 
     def _rounded(self, source: WeightSource, box: Box) -> torch.Tensor:
-        return self._quantised(source, box[:-1], box[-1]).scales
+        return self._of_blocks(find_steps, source, box[:-1], box[-1]).scales
 
 
 @dataclass(frozen=True, slots=True)
@@ -283,7 +310,7 @@ class Zeros(Quantised):
         per = 8 // BITS[self.format]
         low, high = box[-1]
         blocks = (low * per, min(high * per, self.blocks))
-        zeros = self._quantised(source, box[:-1], blocks).zeros
+        zeros = self._of_blocks(find_steps, source, box[:-1], blocks).zeros
         if zeros is None:
             shape = [stop - start for start, stop in (*box[:-1], blocks)]
             zeros = torch.full(shape, ZERO[self.format], dtype=torch.uint8)

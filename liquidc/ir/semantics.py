@@ -10,27 +10,26 @@ from collections.abc import Callable, Sequence
 
 import torch
 
+from liquidc.ir.rotary import Scaling, rates
+
 Tensor = torch.Tensor
 
 
-def rope(x: Tensor, positions: Tensor, theta: float) -> Tensor:
+def rope(x: Tensor, positions: Tensor, theta: float, scaling: str = "") -> Tensor:
     """Rotary embedding (Su et al. 2021) of x [..., H, hd] at positions i64[...], half rotation.
 
-    Component i < hd/2 is rotated with component i + hd/2 by `position · theta^(-2i/hd)`; angle,
-    sine and cosine are float32 (float64 where x is).
+    Component i < hd/2 is rotated with component i + hd/2 by `position · theta^(-2i/hd)`, changed as
+    `scaling` says; angle, sine and cosine are float32 (float64 where x is).
     """
+    rule = Scaling.read(scaling)
     wide = x if x.dtype == torch.float64 else x.to(torch.float32)
-    rates = rope_rates(theta, x.shape[-1] // 2, wide.dtype).to(x.device)
-    angle = positions.unsqueeze(-1) * rates
+    angle = positions.unsqueeze(-1) * rates(theta, x.shape[-1] // 2, rule, wide.dtype).to(x.device)
     cos, sin = angle.cos().unsqueeze(-2), angle.sin().unsqueeze(-2)
+    if rule is not None:
+        cos, sin = cos * rule.amplitude, sin * rule.amplitude
     first, second = wide.chunk(2, dim=-1)
     turned = torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
     return turned.to(x.dtype)
-
-
-def rope_rates(theta: float, half: int, dtype: torch.dtype) -> Tensor:
-    """The angle of each pair of components at position 1, [half]: theta^(-i / half)."""
-    return torch.tensor([theta ** (-i / half) for i in range(half)], dtype=dtype)
 
 
 def depth_gate(
@@ -104,25 +103,42 @@ def attend(
     limit: Tensor,
     key_scale: Tensor | None = None,
     value_scale: Tensor | None = None,
+    sink: Tensor | None = None,
     *,
     scale: float,
+    window: int = 0,
+    chunk: int = 0,
 ) -> Tensor:
     """Q [B, T, H, hd] over slots j < limit[b, t] of key, value [B, KV, S, hd]; 0 without any.
 
-    Keys and values that are codes have their scales f32[KV, hd].
+    Keys and values that are codes have their scales f32[KV, hd]. See `ops.Attend` for the rest.
     """
     if key_scale is not None and value_scale is not None:
         key, value = key * key_scale[:, None], value * value_scale[:, None]
     groups = q.shape[2] // key.shape[1]
     key, value = (x.repeat_interleave(groups, 1) for x in (key, value))
-    visible = torch.arange(key.shape[2], device=q.device) < limit[:, None, :, None]
+    visible = seen(key.shape[2], limit, window, chunk).unsqueeze(1)
     # Slots beyond the limit may hold anything, NaN included: neither may reach a product.
     used = visible.any(2)[..., None]
     key, value = (torch.where(used, x, torch.zeros_like(x)) for x in (key, value))
     scores = (q.transpose(1, 2) @ key.transpose(2, 3)) * scale
     scores = scores.masked_fill(~visible, float("-inf"))
-    share = torch.softmax(scores, -1).masked_fill(~visible, 0.0)
+    if sink is not None:
+        column = sink[:, None, None].expand(*scores.shape[:-1], 1)
+        scores = torch.cat((scores, column.to(scores.dtype)), -1)
+    share = torch.softmax(scores, -1)[..., : key.shape[2]].masked_fill(~visible, 0.0)
     return (share @ value).transpose(1, 2)
+
+
+def seen(slots: int, limit: Tensor, window: int = 0, chunk: int = 0) -> Tensor:
+    """Which slots the queries of limit i64[...] see, bool[..., slots]."""
+    slot, end = torch.arange(slots, device=limit.device), limit.unsqueeze(-1)
+    visible = slot < end
+    if window:
+        visible = visible & (slot >= end - window)
+    if chunk:
+        visible = visible & (slot >= (end - 1).div(chunk, rounding_mode="floor") * chunk)
+    return visible
 
 
 def route(
@@ -281,11 +297,15 @@ def attend_rows(
     mask: Tensor,
     key_scale: Tensor | None = None,
     value_scale: Tensor | None = None,
+    sink: Tensor | None = None,
     *,
     scale: float,
+    window: int = 0,
+    chunk: int = 0,
 ) -> Tensor:
     """`attend` of the compacted queries q [N, H, hd]."""
     wide = scatter_rows(q.new_zeros(*mask.shape, *q.shape[1:]), rows, q)
     limits = scatter_rows(limit.new_zeros(mask.shape), rows, limit)
-    y = attend(wide, key, value, limits, key_scale, value_scale, scale=scale)
+    scales = (key_scale, value_scale, sink)
+    y = attend(wide, key, value, limits, *scales, scale=scale, window=window, chunk=chunk)
     return gather_rows(y, rows)

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from liquidc.ir.mxfp4 import Mxfp4
 from liquidc.ir.quantised import Codes, Scales, Zeros
 from liquidc.ir.types import DType, TensorType
 from liquidc.ir.weights import (
@@ -191,6 +192,7 @@ FUNCTIONS: dict[str, Callable[..., WeightExpr]] = {
     "xor": Xor,
     "mix": lambda xs, shares: Mix(tuple(xs), tuple(map(float, shares))),
     "product": Product,
+    "mxfp4": Mxfp4,
     "codes": Codes,
     "scales": Scales,
     "zeros": Zeros,

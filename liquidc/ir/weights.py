@@ -18,8 +18,12 @@ from liquidc.ir.types import Dim, DType, TensorType
 if TYPE_CHECKING:
     import torch
 
-BLOCK_BYTES = 256 * 1024 * 1024
-"""Default upper bound of one block of rows, in bytes of the result."""
+BLOCK_BYTES = 16 * 1024 * 1024
+"""Default upper bound of one block of rows, in bytes of the result and of what reading it takes.
+
+The allocator keeps and reuses memory of this size; larger blocks are mapped anew each time, and the
+kernel clears their pages: 256 MB take twice the time.
+"""
 
 Box = tuple[tuple[int, int], ...]
 """A half-open range per dimension."""

@@ -123,7 +123,6 @@ def test_unused_tensors_warn(directory: Path) -> None:
 
 TENSORS = {
     "missing": (lambda t: t.pop(NAME), rf"the tensor {NAME} is missing"),
-    "two missing": (lambda t: [t.pop(n) for n in list(t)[:2]], r"is missing \(and 1 more\)"),
     "shape": (
         lambda t: t.update({NAME: torch.ones(3, 5)}),
         rf"{NAME} has the shape \[3, 5\], the config asks for \[8, 8\]",

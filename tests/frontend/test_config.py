@@ -28,7 +28,7 @@ BASE = {
     "depth_gate": {"layers": [1, 2]},
     "moe": {"num_experts": 4},
 }
-SECTIONS = ("depth_gate", "moe", "training")
+SECTIONS = ("attention", "depth_gate", "moe", "training")
 
 
 def config(changes: Mapping[str, Any]) -> dict[str, Any]:
@@ -82,10 +82,17 @@ INTEGERS = {
     "moe.n_group": 0,
     "moe.topk_group": 0,
     "moe.shared_intermediate_size": -1,
+    "attention.sliding_window": 0,
+    "attention.chunk_size": 0,
+    "attention.temperature_floor": -1,
 }
 NUMBERS = {
     "rms_norm_eps": 0.0,
     "rope_theta": 0.0,
+    "embedding_multiplier": math.inf,
+    "residual_multiplier": math.nan,
+    "logits_scaling": 0.0,
+    "attention.temperature_scale": -1.0,
     "initializer_range": 0.0,
     "depth_gate.threshold": 1.0,
     "depth_gate.exec_scale_alpha": math.inf,
@@ -98,14 +105,23 @@ NUMBERS = {
 }
 """Fields by their kind, each with a value out of range; the rest are choices."""
 BOOLEANS = [name for name, value in FIELDS.items() if type(value) is bool]
+OPTIONAL = ["attention.output_bias", "attention.scale"]
 LISTS = ["depth_gate.layers", "moe.layers"]
+INDICES = ["attention.sliding_layers", "attention.no_rope_layers"]
 SINGLE = ["model_type", "liquid_version"]
-CHOICES = [n for n in FIELDS if n not in (*INTEGERS, *NUMBERS, *BOOLEANS, *LISTS, *SINGLE)]
+CHOICES = [
+    n
+    for n in FIELDS
+    if n
+    not in (*INTEGERS, *NUMBERS, *BOOLEANS, *OPTIONAL, *LISTS, *INDICES, *SINGLE, "rope_scaling")
+]
 WRONG = {
     **{name: ["x", True, 1.5, [], 2**31, low] for name, low in INTEGERS.items()},
     **{name: ["x", True, None, [], math.nan, 10**400, low] for name, low in NUMBERS.items()},
     **{name: ["x", 0, 1, None, []] for name in BOOLEANS},
     **{name: ["x", 1, None, [True], [-1], [1.0], [2, 1], [1, 1], [4]] for name in LISTS},
+    **{name: ["x", None, [True], [-1], [1.0], [2, 1], [1, 1]] for name in INDICES},
+    **{name: ["x", [], {}] for name in OPTIONAL},
     **{name: ["x", True, None, [], {}] for name in CHOICES},
     **{name: ["x", True, None, 2] for name in SINGLE},
     **{name: ["x", {}, []] for name in FIXED},
@@ -113,8 +129,7 @@ WRONG = {
     "depth_gate.decision": ["predictor"],
     "depth_gate.phases": ["decode", "prefill"],
     "depth_gate.block_size": [2, True],
-    "moe.expert_bias": [True, 0],
-    "moe.expert_act": ["gptoss_glu"],
+    "rope_scaling": ["x", "linear(x)", "yarn(2.0)"],
     "torch_dtype": ["float8"],
 }
 
@@ -138,7 +153,21 @@ CONTRADICTIONS: dict[str, dict[str, Any]] = {
     "head_dim is 3; it must be even": {"head_dim": 3},
     "dtype is 'float32'; it must be float16": {"dtype": "float32", "torch_dtype": "float16"},
     "rope_parameters must be a JSON object": {"rope_parameters": 3},
-    "rope_parameters.rope_type is 'yarn'": {"rope_parameters": {"rope_type": "yarn"}},
+    "rope_parameters.rope_type is 'longrope'": {"rope_parameters": {"rope_type": "longrope"}},
+    "rope_parameters.factor is not given": {"rope_parameters": {"rope_type": "yarn"}},
+    "rope_scaling.high_freq_factor is 1.0; it must be above": {
+        "rope_scaling": {"type": "llama3", "factor": 2.0, "high_freq_factor": 1.0}
+    },
+    "attention.sliding_layers is [1]; it must be all": {"attention.sliding_layers": [1]},
+    "attention.sliding_layers is [4]; with num_hidden_layers 4": {
+        "attention.sliding_layers": [4],
+        "attention.sliding_window": 2,
+    },
+    "attention.no_rope_layers is [7]; with num_hidden_layers 4": {"attention.no_rope_layers": [7]},
+    "attention.chunk_size is 3; it must be null": {
+        "attention.sliding_window": 2,
+        "attention.chunk_size": 3,
+    },
     "rope_theta is 5.0; it must be 6.0": {
         "rope_theta": 5.0,
         "rope_parameters": {"rope_theta": 6.0},

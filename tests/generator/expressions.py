@@ -57,6 +57,13 @@ def turned(b: Builder, x: Value) -> Value:
     return b.add(ops.Add(b.add(ops.SiLU(first)), b.add(ops.Sigmoid(second))))
 
 
+def steps(b: Builder, x: Value) -> Value:
+    """A logarithm, and a floor whose argument stays away from whole numbers."""
+    small = b.add(ops.Sigmoid(b.add(ops.Tanh(x))))
+    whole = b.add(ops.Floor(b.add(ops.Add(small, b.scalar(1.0)))))
+    return b.add(ops.Mul(b.add(ops.Add(x, b.add(ops.Log(small)))), whole))
+
+
 def quotient(b: Builder, x: Value) -> Value:
     divisor = b.add(ops.Add(b.add(ops.Sigmoid(x)), b.scalar(1.0)))
     return b.add(ops.Div(x, divisor))
@@ -205,6 +212,7 @@ CASES: tuple[Case, ...] = (
     shared,
     turned,
     quotient,
+    steps,
     choice,
     neutral,
     known,

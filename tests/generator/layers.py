@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 from liquidc.ir import DType, TensorType, Value, ops
 from tests.generator.build import WIDTH, Builder
@@ -10,6 +11,7 @@ from tests.generator.experts import Routed, mixture, nobody
 from tests.generator.expressions import expression
 
 HEADS, HEAD = 2, 4
+SCALINGS = ("linear(2.0)", "llama3(4.0, 1.0, 2.0, 8.0)", "yarn(4.0, 2.0, 1.0, 8.0, 0.0, 1.25)")
 POLICIES = ("own", "drop", "inherit")
 KINDS = ("ungated", "layer", "layer", "nested", "branches", "rows")
 
@@ -120,7 +122,19 @@ def _feed_forward(b: Builder, x: Value, mask: Value, label: str) -> Value | Rout
 
 def _project(b: Builder, u: Value, heads: int, positions: Value | None) -> Value:
     x4 = b.reshape(b.linear(u, heads * HEAD), "B", "T", heads, HEAD)
-    return x4 if positions is None else b.add(ops.Rope(x4, positions, theta=100.0))
+    return x4 if positions is None else _rotated(b, x4, positions)
+
+
+def _rotated(b: Builder, x: Value, positions: Value) -> Value:
+    scaling = b.rng.choice(("", "", "", *SCALINGS))
+    return b.add(ops.Rope(x, positions, theta=100.0, scaling=scaling))
+
+
+def _seen(b: Builder) -> dict[str, Any]:
+    """What an attention sees of its cache, and the scores that take part of it."""
+    window, chunk = b.rng.choice(((0, 0), (0, 0), (2, 0), (3, 0), (0, 2), (0, 3)))
+    sink = b.weight(HEADS) if b.chance(25) else None
+    return {"scale": 0.5, "window": window, "chunk": chunk, "sink": sink}
 
 
 def _new_entries(b: Builder, step: Step, u: Value) -> tuple[Value, Value]:
@@ -152,7 +166,7 @@ def _attention(
     query = _project(b, u, HEADS, step.positions)
     cache = _store(b, old, new, cached)
     limit = _limit(b, old, cached)
-    seen = b.add(ops.Attend(query, cache.key, cache.value, limit, scale=0.5))
+    seen = b.add(ops.Attend(query, cache.key, cache.value, limit, **_seen(b)))
     out = b.linear(b.reshape(seen, "B", "T", HEADS * HEAD), WIDTH)
     if mask is not step.valid:
         out = b.masked(mask, out, b.scalar(0.0))
@@ -176,7 +190,7 @@ def _gated(
         """The own policy's keys and values: both arms compute them alike."""
         u = b.add(ops.RMSNorm(x, None, eps=0.01))
         made = [b.reshape(b.add(ops.Linear(u, w)), "B", "T", 1, HEAD) for w in own]
-        return b.add(ops.Rope(made[0], step.positions, theta=100.0)), made[1]
+        return _rotated(b, made[0], step.positions), made[1]
 
     def adapted() -> Value:
         return b.add(ops.Add(x, b.add(ops.Tanh(b.add(ops.Linear(x, shared))))))
@@ -188,7 +202,7 @@ def _gated(
             u, cache = b.norm(x), _store(b, old, entries(), cached)
             query = _project(b, u, HEADS, step.positions)
             limit = _limit(b, old, cached)
-            seen = b.add(ops.Attend(query, cache.key, cache.value, limit, scale=0.5))
+            seen = b.add(ops.Attend(query, cache.key, cache.value, limit, **_seen(b)))
             out = b.linear(b.reshape(seen, "B", "T", HEADS * HEAD), WIDTH)
             h = b.add(ops.Add(x, b.masked(mask, out, b.scalar(0.0))))
         if nested:
@@ -242,7 +256,7 @@ def _branches(b: Builder, step: Step, x: Value, number: int, mask: Value, label:
 
     def attend() -> list[Value]:
         query = _project(b, b.norm(x), HEADS, step.positions)
-        seen = b.add(ops.Attend(query, cache.key, cache.value, limit, scale=0.5))
+        seen = b.add(ops.Attend(query, cache.key, cache.value, limit, **_seen(b)))
         out = b.linear(b.reshape(seen, "B", "T", HEADS * HEAD), WIDTH)
         return [b.add(ops.Add(x, b.masked(mask, out, b.scalar(0.0))))]
 
@@ -268,14 +282,14 @@ def _on_rows(b: Builder, step: Step, x: Value, number: int, mask: Value, label: 
         positions = b.add(ops.GatherRows(step.positions, rows))
         u = b.norm(xs)
         parts = [b.reshape(b.linear(u, n * HEAD), dim, n, HEAD) for n in (HEADS, 1, 1)]
-        query, key = (b.add(ops.Rope(part, positions, theta=100.0)) for part in parts[:2])
+        query, key = (_rotated(b, part, positions) for part in parts[:2])
         new = (
             b.add(ops.AppendRows(cache, entry, rows, old.length, mask))
             for cache, entry in ((old.key, key), (old.value, parts[2]))
         )
         keys, values = new
         limit = b.add(ops.GatherRows(_limit(b, old, mask), rows))
-        seen = b.add(ops.AttendRows(query, keys, values, limit, rows, mask, scale=0.5))
+        seen = b.add(ops.AttendRows(query, keys, values, limit, rows, mask, **_seen(b)))
         out = b.linear(b.reshape(seen, dim, HEADS * HEAD), WIDTH)
         return [b.add(ops.ScatterRows(x, rows, b.add(ops.Add(xs, out)))), keys, values]
 

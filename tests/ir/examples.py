@@ -80,6 +80,8 @@ EXAMPLES: dict[str, Example] = {
     "iota": Example(X, 'iota dim="B" : i64[B]', lambda x: torch.arange(2)),
     "neg": unary("neg", torch.neg),
     "exp": unary("exp", torch.exp),
+    "log": unary("log", torch.log),
+    "floor": unary("floor", torch.floor),
     "sqrt": unary("sqrt", torch.sqrt),
     "rsqrt": unary("rsqrt", torch.rsqrt),
     "tanh": unary("tanh", torch.tanh),

@@ -45,8 +45,11 @@ class Append(Op, name="append"):
 class Attend(Op, name="attend"):
     """Grouped-query attention of q [B, T, H, hd] over a cache [B, KV, S, hd].
 
-    Query (b, t) sees the slots j < limit[b, t]; with none it yields 0. Codes are read with the
-    scales f32[KV, hd] that they were written with.
+    Query (b, t) sees the slots j < limit[b, t] =: n; with none it yields 0. With a `window` it sees
+    the last so many of them, j >= n - window (sliding window, arXiv 2310.06825); with a `chunk`
+    those of its own chunk, j >= floor((n - 1) / chunk) * chunk (Llama 4). `sink` f32[H] are scores
+    of each head that take their part of the softmax and give nothing (GPT-OSS). Codes are read
+    with the scales f32[KV, hd] that they were written with.
     """
 
     q: Value = operand()
@@ -55,7 +58,10 @@ class Attend(Op, name="attend"):
     limit: Value = operand()
     key_scale: Value | None = optional()
     value_scale: Value | None = optional()
+    sink: Value | None = optional()
     scale: float = attribute()
+    window: int = attribute(default=0)
+    chunk: int = attribute(default=0)
     y: Value = result()
 
     def infer(self) -> tuple[TensorType, ...]:
@@ -109,7 +115,10 @@ class AttendRows(Op, name="attend_rows"):
     mask: Value = operand()
     key_scale: Value | None = optional()
     value_scale: Value | None = optional()
+    sink: Value | None = optional()
     scale: float = attribute()
+    window: int = attribute(default=0)
+    chunk: int = attribute(default=0)
     y: Value = result()
 
     def infer(self) -> tuple[TensorType, ...]:
@@ -135,6 +144,10 @@ def _check_caches(op: Attend | AttendRows, rows: Dim, heads: Dim, width: Dim) ->
         raise ValueError(f"a cache {key.type} does not meet {heads} heads of {width}")
     if not isinstance(heads, int) or not isinstance(groups, int) or heads % groups:
         raise ValueError(f"{heads} heads can't share {groups} key/value heads")
+    if op.sink is not None:
+        expect(op.sink, "the sink", op.q.dtype, heads)
+    if op.window < 0 or op.chunk < 0 or (op.window and op.chunk):
+        raise ValueError(f"window {op.window} and chunk {op.chunk}: one of them, or neither")
     for cache, scale in ((key, op.key_scale), (value, op.value_scale)):
         if _dtype_behind(cache, scale) != op.q.dtype:
             raise ValueError(f"a cache {cache.type} does not meet {op.q.type}")

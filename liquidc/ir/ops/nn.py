@@ -5,6 +5,7 @@ from __future__ import annotations
 from liquidc.ir.core import Op, Value, attribute, operand, optional, result
 from liquidc.ir.ops.tensor import check_dim, same_dtype
 from liquidc.ir.quantised import BITS
+from liquidc.ir.rotary import Scaling
 from liquidc.ir.types import DType, TensorType, broadcast
 from liquidc.ir.weights import sizes
 
@@ -158,13 +159,19 @@ class Softmax(Op, name="softmax"):
 class Rope(Op, name="rope", tokenwise=True):
     """Rotary embedding of x [..., H, hd] at `positions` [...], half rotation (Su et al. 2021).
 
-    Angles are `position · theta^(-2i/hd)`; angle, sine and cosine are computed in float32.
+    Angles are `position · theta^(-2i/hd)`, changed as `scaling` says (`liquidc.ir.rotary`); angle,
+    sine and cosine are computed in float32.
     """
 
     x: Value = operand()
     positions: Value = operand()
     theta: float = attribute()
+    scaling: str = attribute(default="")
     y: Value = result()
+
+    def verify(self) -> None:
+        """The scaling."""
+        Scaling.read(self.scaling)
 
     def infer(self) -> tuple[TensorType, ...]:
         """As x."""

@@ -52,6 +52,14 @@ class Exp(Unary, name="exp", tokenwise=True):
     """e to the x."""
 
 
+class Log(Unary, name="log", tokenwise=True):
+    """Natural logarithm."""
+
+
+class Floor(Unary, name="floor", tokenwise=True):
+    """The largest whole number that is no larger."""
+
+
 class Sqrt(Unary, name="sqrt", tokenwise=True):
     """Square root."""
 

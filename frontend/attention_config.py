@@ -1,0 +1,82 @@
+"""The section `attention` of config.json: what a layer's attention has beyond the Llama part."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from liquidc.frontend.fields import Fields
+
+
+@dataclass(frozen=True, slots=True)
+class AttentionConfig:
+    """Attention that differs from layer to layer, or from Llama's. `layers` are indices or "all".
+
+    Attributes:
+        output_bias: a bias of the output projection; None as `attention_bias`.
+        scale: of the scores; None is 1 / sqrt(head_dim).
+        sliding_window: slots that a query of a sliding layer sees, its own included.
+        sliding_layers: the layers that slide.
+        chunk_size: queries of the layers with rotary embedding see their own chunk alone.
+        no_rope_layers: layers without rotary embedding.
+        l2_norm: queries and keys are divided by their root mean square after they were rotated.
+        temperature_floor, temperature_scale: queries of layers without rotary embedding are
+            multiplied with 1 + scale · ln(1 + floor((position + 1) / floor)); 0 leaves them.
+        sinks: every head has a score that takes its part of the softmax.
+    """
+
+    output_bias: bool | None = None
+    scale: float | None = None
+    sliding_window: int | None = None
+    sliding_layers: tuple[int, ...] | str = "all"
+    chunk_size: int | None = None
+    no_rope_layers: tuple[int, ...] = ()
+    l2_norm: bool = False
+    temperature_floor: int = 0
+    temperature_scale: float = 0.0
+    sinks: bool = False
+
+    @classmethod
+    def read(cls, data: object) -> AttentionConfig:
+        """Read the `attention` section.
+
+        Raises:
+            ConfigError: an unknown field, an unsupported value, or a contradiction.
+        """
+        f = Fields("attention.", data)
+        every = f.get("sliding_layers", "all") == "all"
+        biased = f.get("output_bias", None)
+        scaled = f.get("scale", None)
+        made = cls(
+            output_bias=None if biased is None else f.boolean("output_bias", False),
+            scale=None if scaled is None else f.number("scale", 1.0, above=0.0),
+            sliding_window=f.optional_integer("sliding_window"),
+            sliding_layers="all" if every else f.indices("sliding_layers"),
+            chunk_size=f.optional_integer("chunk_size"),
+            no_rope_layers=f.indices("no_rope_layers"),
+            l2_norm=f.boolean("l2_norm", False),
+            temperature_floor=f.integer("temperature_floor", 0, least=0),
+            temperature_scale=f.number("temperature_scale", 0.0, least=0.0),
+            sinks=f.boolean("sinks", False),
+        )
+        f.finish()
+        f.refuse_if(
+            not every and made.sliding_window is None,
+            "sliding_layers",
+            "all without a sliding_window",
+        )
+        f.refuse_if(
+            made.sliding_window is not None and made.chunk_size is not None,
+            "chunk_size",
+            "null with a sliding_window",
+        )
+        return made
+
+    def window(self, layer: int) -> int:
+        """Slots that a query of a layer sees; 0 for all."""
+        chosen = self.sliding_layers
+        slides = isinstance(chosen, str) or layer in chosen
+        return self.sliding_window or 0 if slides else 0
+
+    def chunk(self, layer: int) -> int:
+        """Slots of the chunks of a layer; 0 without chunks."""
+        return 0 if layer in self.no_rope_layers else self.chunk_size or 0

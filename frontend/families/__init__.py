@@ -1,0 +1,217 @@
+"""Checkpoints of other families, read as Liquid Transformers: `open_model`.
+
+A family is a file: how its config.json becomes a `LiquidConfig`, and of which tensors each of our
+parameters is made, as lazy expressions. Nothing is converted on disk, and no code that comes with a
+checkpoint is run.
+"""
+
+from __future__ import annotations
+
+import json
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+from liquidc.errors import CheckpointError, ConfigError, LiquidWarning
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from liquidc.frontend.checkpoint import CheckpointSource
+    from liquidc.frontend.config import LiquidConfig
+    from liquidc.frontend.families.common import Family
+    from liquidc.ir.weights import WeightExpr
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint directory, checked.
+
+    Attributes:
+        config: of the model that computes what the checkpoint's does.
+        weights: of what each of its parameters is made.
+        source: the tensors.
+    """
+
+    config: LiquidConfig
+    weights: Mapping[str, WeightExpr]
+    source: CheckpointSource
+
+
+@cache
+def families() -> dict[str, Family]:
+    """By the `model_type` of config.json."""
+    from liquidc.frontend.families.flexidepth import DD_LLAMA, DD_QWEN3
+    from liquidc.frontend.families.gpt_oss import GPT_OSS
+    from liquidc.frontend.families.granitemoe import GRANITE_MOE
+    from liquidc.frontend.families.llama import LLAMA, MISTRAL
+    from liquidc.frontend.families.llama4 import LLAMA4
+    from liquidc.frontend.families.mixtral import MIXTRAL
+    from liquidc.frontend.families.olmoe import OLMOE
+    from liquidc.frontend.families.qwen2 import QWEN2
+    from liquidc.frontend.families.qwen2_moe import QWEN2_MOE
+    from liquidc.frontend.families.qwen3 import QWEN3
+    from liquidc.frontend.families.qwen3_moe import QWEN3_MOE
+
+    known = (
+        LLAMA,
+        MISTRAL,
+        QWEN2,
+        QWEN3,
+        MIXTRAL,
+        QWEN2_MOE,
+        QWEN3_MOE,
+        OLMOE,
+        GRANITE_MOE,
+        DD_LLAMA,
+        DD_QWEN3,
+        GPT_OSS,
+        LLAMA4,
+    )
+    return {name: family for family in known for name in family.model_types}
+
+
+def open_model(directory: Path) -> Checkpoint:
+    """Read config.json and the headers of the weights; no weight is read.
+
+    Warns:
+        LiquidWarning: tensors or fields that nothing uses.
+
+    Raises:
+        ConfigError: the family or something in its config is not supported.
+        CheckpointError: a tensor is missing, damaged or has another shape.
+    """
+    from liquidc.frontend.checkpoint import CheckpointSource
+
+    data = _json(directory / "config.json")
+    source = CheckpointSource(directory)
+    try:
+        return _open(directory, data, source)
+    except ConfigError as error:
+        raise ConfigError(f"{directory / 'config.json'}: {error}") from None
+
+
+def read_config(directory: Path) -> LiquidConfig:
+    """The config alone; see `open_model`."""
+    return open_model(directory).config
+
+
+def _open(directory: Path, data: dict[str, Any], source: CheckpointSource) -> Checkpoint:
+    import torch
+
+    from liquidc.frontend.config import LiquidConfig
+    from liquidc.frontend.families.common import same
+    from liquidc.frontend.families.tensors import Tensors
+    from liquidc.frontend.model import LiquidForCausalLM
+
+    kind = data.get("model_type")
+    types = source.types()
+    _refuse_more_layers_than_tensors(data, len(types))
+    if kind == "liquid":
+        config, read, told, ignored = LiquidConfig.from_dict(data), same, data, ()
+        tensors = Tensors(directory, types)
+    else:
+        family = _family(data)
+        text = data.get("text_config", data)
+        found = [p for p in family.prefixes if any(n.startswith(f"{p}model.") for n in types)]
+        tensors = Tensors(directory, types, found[0] if found else "")
+        told = _read(family, text, tensors)
+        config, read, ignored = LiquidConfig.from_dict(told), family.weight, family.ignored
+        told = config.to_dict()
+    with torch.device("meta"):
+        model = LiquidForCausalLM(config)
+    weights: dict[str, WeightExpr] = {}
+    for name in model.state_dict():
+        try:
+            weights[name] = read(name, tensors, told) or tensors[name]
+        except (ValueError, IndexError) as error:
+            raise CheckpointError(f"{directory}: tensors don't make up {name}: {error}") from None
+    _check(directory, model, weights)
+    _tell_unused(directory, tensors.unused(ignored))
+    return Checkpoint(config, weights, source)
+
+
+def _refuse_more_layers_than_tensors(data: Mapping[str, Any], tensors: int) -> None:
+    """Before a model of that many layers is made."""
+    text = data.get("text_config", data)
+    layers = text.get("num_hidden_layers") if isinstance(text, dict) else None
+    if isinstance(layers, int) and layers > tensors:
+        raise ConfigError(f"num_hidden_layers is {layers}; the checkpoint has {tensors} tensors")
+
+
+def _json(path: Path) -> dict[str, Any]:
+    try:
+        data = json.loads(path.read_bytes())
+    except OSError as error:
+        raise ConfigError(f"{path}: can't be read ({error.strerror})") from None
+    except (ValueError, RecursionError) as error:
+        raise ConfigError(f"{path}: not JSON ({error})") from None
+    if not isinstance(data, dict):
+        raise ConfigError(f"{path}: not a JSON object")
+    return cast("dict[str, Any]", data)
+
+
+def _family(data: Mapping[str, Any]) -> Family:
+    kind, known = data.get("model_type"), families()
+    family = known.get(kind) if isinstance(kind, str) else None
+    custom = bool(data.get("auto_map"))
+    if custom and (family is None or not family.custom_code):
+        raise ConfigError(
+            f"model_type {kind!r} brings code of its own (auto_map), which liquidc never runs"
+        )
+    if family is None:
+        raise ConfigError(
+            f"model_type is {kind!r:.80}; it must be one of liquid, {', '.join(sorted(known))}"
+        )
+    return family
+
+
+def _read(family: Family, data: object, tensors: Any) -> dict[str, Any]:
+    """A family's config as ours; fields that it does not know are told."""
+    from liquidc.frontend.families.common import HARMLESS
+    from liquidc.frontend.fields import Fields
+
+    fields = Fields("", data)
+    fields.skip(HARMLESS)
+    told = family.read(fields, tensors)
+    if unknown := fields.unread():
+        warnings.warn(
+            f"{tensors.directory / 'config.json'}: fields that are not known and change nothing "
+            f"here: {', '.join(unknown)}",
+            LiquidWarning,
+            stacklevel=2,
+        )
+    return told
+
+
+def _check(directory: Path, model: nn.Module, weights: Mapping[str, WeightExpr]) -> None:
+    """Compare shapes and element types with the parameters.
+
+    Raises:
+        CheckpointError: one differs.
+    """
+    for name, parameter in model.state_dict().items():
+        found, tensor = weights[name].type, ", ".join(dict.fromkeys(weights[name].sources()))
+        if found.shape != tuple(parameter.shape):
+            raise CheckpointError(
+                f"{directory}: the tensor {tensor:.160} has the shape {list(found.shape)}, "
+                f"the config asks for {list(parameter.shape)}"
+            )
+        if not found.dtype.is_float:
+            raise CheckpointError(
+                f"{directory}: the tensor {tensor:.160} has elements of {found.dtype}, "
+                "not floating-point ones"
+            )
+
+
+def _tell_unused(directory: Path, names: list[str]) -> None:
+    if names:
+        shown = ", ".join(names[:3]) + (", …" if len(names) > 3 else "")
+        warnings.warn(
+            f"{directory}: {len(names)} tensors that the model does not use: {shown}",
+            LiquidWarning,
+            stacklevel=2,
+        )

@@ -1,0 +1,43 @@
+"""Mixtral: every layer has experts, stored one by one as w1 (gate), w3 (up) and w2 (down)."""
+
+from __future__ import annotations
+
+from liquidc.frontend.families.common import Data, Family, llama_part, sliding
+from liquidc.frontend.families.llama import IGNORED
+from liquidc.frontend.families.tensors import Tensors, experts
+from liquidc.frontend.fields import Fields
+from liquidc.ir.weights import WeightExpr
+
+
+def read(f: Fields, t: Tensors) -> Data:
+    """`MixtralConfig`."""
+    del t
+    data = llama_part(f, theta=1e6, eps=1e-5)
+    moe = {
+        "num_experts": f.integer("num_local_experts", 8, least=1),
+        "num_experts_per_tok": f.integer("num_experts_per_tok", 2, least=1),
+        "score": "softmax",
+        "post": "renorm",
+    }
+    return {**data, "attention": sliding(f, data), "moe": moe}
+
+
+def weight(name: str, t: Tensors, data: Data) -> WeightExpr | None:
+    """`block_sparse_moe` of the Hub, or `mlp` as transformers 5 keeps it in memory."""
+    layer, part, rest = name.partition(".mlp.")
+    if not part:
+        return None
+    prefix = f"{layer}.block_sparse_moe."
+    if prefix + "gate.weight" not in t:
+        prefix = f"{layer}.mlp."
+    inside, count = prefix + "experts.", data["moe"]["num_experts"]
+    match rest:
+        case "experts.gate_up_proj":
+            return experts(t, inside, "gate_up_proj", ("w1.weight", "w3.weight"), count)
+        case "experts.down_proj":
+            return experts(t, inside, "down_proj", ("w2.weight",), count)
+        case _:
+            return t[prefix + rest]
+
+
+MIXTRAL = Family(("mixtral",), read, weight, ignored=IGNORED)
