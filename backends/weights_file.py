@@ -14,8 +14,8 @@ from typing import Any
 import torch
 
 from liquidc.backends.base import Journal, StoredWeight
-from liquidc.ir.types import DType, TensorType
-from liquidc.ir.weights import WeightExpr, WeightSource, evaluate, sizes, torch_dtype
+from liquidc.ir.types import DType
+from liquidc.ir.weights import WeightExpr, WeightSource, byte_size, evaluate, torch_dtype
 
 NAME = "weights.bin"
 ALIGNMENT = 4096
@@ -23,14 +23,6 @@ ALIGNMENT = 4096
 
 KEPT = 64 * 1024 * 1024
 """Bytes of whole weights after which the journal is told."""
-
-
-def byte_size(type: TensorType) -> int:
-    """Bytes of a tensor of this type."""
-    count = type.dtype.bytes
-    for size in sizes(type.shape):
-        count *= size
-    return count
 
 
 def layout(weights: Mapping[str, WeightExpr]) -> dict[str, int]:

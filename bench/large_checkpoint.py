@@ -25,6 +25,8 @@ import torch
 from liquidc.frontend.config import DepthGateConfig, LiquidConfig
 from liquidc.frontend.model import LiquidForCausalLM
 from liquidc.frontend.moe_config import MoeConfig
+from liquidc.frontend.shards import write_safetensors
+from liquidc.ir.types import DType, TensorType
 
 FORMS = ("liquid", "hf")
 NOISE = 2**23 - 9
@@ -164,19 +166,8 @@ def hf_config(config: LiquidConfig) -> dict[str, Any]:
 
 
 def _write_shard(path: Path, tensors: Shapes, noise: torch.Tensor) -> None:
-    """A safetensors file: the length of the header in 8 bytes, the header, the tensors."""
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    end = 0
-    for name, shape in tensors.items():
-        start, end = end, end + 2 * math.prod(shape)
-        header[name] = {"dtype": "BF16", "shape": list(shape), "data_offsets": [start, end]}
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)
-    with path.open("wb") as file:
-        file.write(len(text).to_bytes(8, "little") + text)
-        for name, shape in tensors.items():
-            for block in _blocks(name, shape, noise):
-                file.write(block.view(torch.uint8).numpy())
+    types = {name: TensorType(DType.BF16, shape) for name, shape in tensors.items()}
+    write_safetensors(path, types, lambda name: _blocks(name, tensors[name], noise))
 
 
 def _blocks(name: str, shape: tuple[int, ...], noise: torch.Tensor) -> Iterator[torch.Tensor]:

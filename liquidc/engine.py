@@ -171,7 +171,7 @@ class EngineWriter:
         self.path.mkdir()
         self._lock = _lock(self.path)
         (self.path / MARK).touch()
-        _sync(self.path)
+        sync(self.path)
 
     def seal(self) -> None:
         """Make what was written durable and hash it; `commit` does it unless it was done."""
@@ -202,7 +202,7 @@ class EngineWriter:
                 shutil.rmtree(self.scratch)
             (self.path / MARK).unlink()
             for directory, _, _ in os.walk(self.path):
-                _sync(Path(directory))
+                sync(Path(directory))
             write_durably(self._partial_log, log)
             self._signals.hold()
             if self.output.exists():
@@ -215,14 +215,14 @@ class EngineWriter:
                 raise
             self._committed = True
             os.replace(self._partial_log, self._log)
-            _sync(self.output.parent)
+            sync(self.output.parent)
             if self._replaced.exists():
                 shutil.rmtree(self._replaced)
         return manifest
 
     def _file(self, name: str) -> FileInfo:
         path = self.path / name
-        _sync(path)
+        sync(path)
         return FileInfo(path.stat().st_size, sha256_file(path))
 
     def __exit__(
@@ -352,7 +352,8 @@ def write_durably(path: Path, data: bytes) -> None:
         os.fsync(file.fileno())
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
+    """Wait until a file or the names in a directory are on the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

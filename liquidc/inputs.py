@@ -75,7 +75,7 @@ class DirectoryInput:
             raise InputError(f"{path}: {what}; give the directory with config.json and weights")
         self.origin: Path | None = path.resolve()
         self._path = path
-        self.type = _model_type(path / "config.json")
+        self.type = model_type(path / "config.json")
         self._source = CheckpointSource(path)
 
     @property
@@ -189,7 +189,7 @@ class ModuleInput:
         return given
 
 
-def _model_type(path: Path) -> str:
+def model_type(path: Path) -> str:
     """The `model_type` of a config.json.
 
     Raises:

@@ -27,12 +27,11 @@ from liquidc.backends.onnxruntime.graph import (
 )
 from liquidc.backends.onnxruntime.settle import settle, stored, weight_name
 from liquidc.backends.onnxruntime.tidy import tidy
-from liquidc.backends.weights_file import byte_size
 from liquidc.errors import UnsupportedError
 from liquidc.ir import Block, DType, Function, Module, Op, TensorType, Value, ops, parse_module
 from liquidc.ir.experts import layers_of_experts
 from liquidc.ir.types import dim_names
-from liquidc.ir.weights import WeightExpr, sizes
+from liquidc.ir.weights import WeightExpr, byte_size, sizes
 
 PARTS = (emit_tensor, emit_nn, emit_quantised, emit_route, emit_experts, emit_cache)
 EMIT = {kind: emit for part in PARTS for kind, emit in part.EMIT.items()}

@@ -87,6 +87,14 @@ def sizes(shape: Sequence[Dim]) -> tuple[int, ...]:
     return result
 
 
+def byte_size(type: TensorType) -> int:
+    """Bytes of a tensor of this type."""
+    count = type.dtype.bytes
+    for size in sizes(type.shape):
+        count *= size
+    return count
+
+
 @dataclass(frozen=True, slots=True)
 class Stored(WeightExpr):
     """`tensor("name", bf16[2, 3])`: a tensor of the checkpoint."""
