@@ -191,9 +191,29 @@ def exact_results(result: Evaluation, windows: Tensor) -> dict[str, float]:
 def measure(model: LiquidForCausalLM, corpus: tiny_data.Corpus, share: float) -> dict[str, Any]:
     """Everything that the report says about a trained model."""
     model.eval()
-    config, gates = model.config, model.config.num_gates
     held = tiny_data.windows(corpus.heldout, LENGTH)
     learnt = evaluate(model, held)
+    report = {
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "heldout_bytes": held.numel(),
+        "bits_per_byte": learnt.bpb,
+        "bits_per_byte_trigram": trigram(corpus, share, held),
+        "exact_results": exact_results(learnt, held),
+    }
+    if model.config.num_gates:
+        report |= _measure_gates(model, corpus, share, held, learnt)
+    return report
+
+
+def _measure_gates(
+    model: LiquidForCausalLM,
+    corpus: tiny_data.Corpus,
+    share: float,
+    held: Tensor,
+    learnt: Evaluation,
+) -> dict[str, Any]:
+    """What it says about its gates."""
+    config, gates = model.config, model.config.num_gates
     rates = learnt.gates.float().mean((1, 2)).tolist()
     depth = learnt.gates.sum(0) + config.num_hidden_layers - gates
     size = math.ceil(sum(rates) - 1e-9)
@@ -216,11 +236,7 @@ def measure(model: LiquidForCausalLM, corpus: tiny_data.Corpus, share: float) ->
         flips[f"{name}, bits per byte"] = other.bpb
     by_kind = {name: mask for name, mask in kinds(held).items() if mask.any()}
     return {
-        "parameters": sum(p.numel() for p in model.parameters()),
-        "heldout_bytes": held.numel(),
-        "bits_per_byte": learnt.bpb,
         "bits_per_byte_all_layers": evaluate(model, held, force(gates, range(gates))).bpb,
-        "bits_per_byte_trigram": trigram(corpus, share, held),
         "bits_per_byte_random_mask": random.bpb,
         "random_mask_worse_by": paired(random, learnt),
         "fixed_set": [config.depth_gate.layers[gate] for gate in chosen],
@@ -247,7 +263,6 @@ def measure(model: LiquidForCausalLM, corpus: tiny_data.Corpus, share: float) ->
             }
             for name, mask in by_kind.items()
         },
-        "exact_results": exact_results(learnt, held),
     }
 
 
@@ -265,6 +280,26 @@ def write_report(
 
 def _markdown(r: dict[str, Any]) -> str:
     """The report for people."""
+    lines = [
+        "# Training report",
+        "",
+        f"Written by `samples/train_tiny.py`: seed {r['seed']}, {r['steps']} steps, "
+        f"{r['minutes']:.1f} minutes, {r['parameters'] / 1e6:.2f} M parameters. "
+        f"Measured on {r['heldout_bytes']:,} bytes of held-out text.",
+        "",
+    ]
+    if "run_rates" in r:
+        lines += _gates_markdown(r)
+    else:
+        lines += [
+            f"{r['bits_per_byte']:.3f} bits per byte, every layer run by every token; "
+            f"a smoothed byte trigram has {r['bits_per_byte_trigram']:.3f}."
+        ]
+    return "\n".join(lines) + "\n"
+
+
+def _gates_markdown(r: dict[str, Any]) -> list[str]:
+    """What gates do, and are worth."""
     fixed, random = r["fixed_set_worse_by"], r["random_mask_worse_by"]
     rows = [
         ("byte trigram, smoothed", r["bits_per_byte_trigram"], ""),
@@ -282,13 +317,7 @@ def _markdown(r: dict[str, Any]) -> str:
         ("all layers run", r["bits_per_byte_all_layers"], ""),
     ]
     gates = len(r["run_rates"])
-    lines = [
-        "# Training report",
-        "",
-        f"Written by `samples/train_tiny.py`: seed {r['seed']}, {r['steps']} steps, "
-        f"{r['minutes']:.1f} minutes, {r['parameters'] / 1e6:.2f} M parameters. "
-        f"Measured on {r['heldout_bytes']:,} bytes of held-out text.",
-        "",
+    return [
         "| model | bits per byte | against the learnt gates |",
         "|---|---|---|",
         *(f"| {name} | {bits:.3f} | {gap} |" for name, bits, gap in rows),
@@ -328,4 +357,3 @@ def _markdown(r: dict[str, Any]) -> str:
         f"The least used expert of any layer gets {100 * r['expert_share_least']:.1f} % of its "
         "layer's choices.",
     ]
-    return "\n".join(lines) + "\n"

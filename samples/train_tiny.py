@@ -8,6 +8,8 @@ balanced layer by layer: over all layers together, a dead expert of one hides be
 Gates are kept from always or never running but for two: one layer is to run for almost no token
 and another may run for all, so that specialisation finds in the sample what large models have.
 
+With `--no-gates` the same model learns without them, as `liquidc liquify` wants one.
+
 One thread and a fixed number of steps: the same seed gives the same weights on the same processor.
 """
 
@@ -40,6 +42,7 @@ from liquidc.frontend.router import DepthRouter
 
 LENGTH = 256
 """Tokens that a training window predicts."""
+GATES = DepthGateConfig(layers=tuple(range(1, 7)), router_hidden_size=16, router_bias=True)
 
 
 @dataclass(frozen=True)
@@ -81,7 +84,14 @@ def gated_share(config: LiquidConfig, rate: float) -> float:
 
 def tiny_config(rate: float = 0.55) -> LiquidConfig:
     """The sample's config: layers 1 to 6 gated, and `rate` of their work as the budget."""
-    config = LiquidConfig(
+    config = replace(static_config(), depth_gate=GATES)
+    target = round(gated_share(config, rate), 4)
+    return replace(config, training=replace(config.training, depth_target=target))
+
+
+def static_config() -> LiquidConfig:
+    """The same model without gates."""
+    return LiquidConfig(
         vocab_size=256,
         hidden_size=128,
         num_hidden_layers=8,
@@ -91,15 +101,9 @@ def tiny_config(rate: float = 0.55) -> LiquidConfig:
         max_position_embeddings=1024,
         qk_norm="head",
         tie_word_embeddings=True,
-        depth_gate=DepthGateConfig(
-            layers=tuple(range(1, 7)), router_hidden_size=16, router_bias=True
-        ),
         moe=MoeConfig(num_experts=8, num_experts_per_tok=2, moe_intermediate_size=128),
+        training=TrainingConfig(depth_target=1.0, depth_coef=1.0, router_aux_coef=0.02),
     )
-    budget = TrainingConfig(
-        depth_target=round(gated_share(config, rate), 4), depth_coef=1.0, router_aux_coef=0.02
-    )
-    return replace(config, training=budget)
 
 
 def rate_bounds(recipe: Recipe, gates: int) -> tuple[Tensor, Tensor]:
@@ -175,7 +179,7 @@ class Trainer:
         r, t = self.recipe, self.config.training
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(r, at)
-        closed = at >= r.open_until
+        closed = at >= r.open_until and self.config.num_gates > 0
         self.noise.scale = r.noise * (1 - ramp(at, 0.5 * r.noise_until, r.noise_until)) * closed
         rows = tiny_data.batch(self.corpus, r.rows, LENGTH + 1, self.generator, r.arithmetic_share)
         force = torch.full((self.config.num_gates,), 0 if closed else 1, dtype=torch.int8)
@@ -259,6 +263,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, default=here / "tiny-liquid", help="what to write")
     parser.add_argument("--steps", type=int, default=1500, help="updates (default 1500)")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--no-gates", action="store_true", help="every token runs every layer")
     parser.add_argument("--force", action="store_true", help="replace OUT if it is there")
     args = parser.parse_args(argv)
     if args.steps < 1:
@@ -267,7 +272,8 @@ def main(argv: list[str] | None = None) -> None:
         parser.error(f"{args.out} exists: --force replaces it")
     torch.set_num_threads(1)
     torch.set_flush_denormal(True)
-    trainer = Trainer(tiny_config(), Recipe(), args.seed)
+    config = static_config() if args.no_gates else tiny_config()
+    trainer = Trainer(config, Recipe(), args.seed)
     count = sum(p.numel() for p in trainer.model.parameters())
     print(f"{count / 1e6:.2f} M parameters, depth target {trainer.config.training.depth_target}")
     begin = time.process_time()
