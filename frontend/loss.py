@@ -93,6 +93,19 @@ def layer_cost(config: LiquidConfig, layer: int, context: float) -> LayerCost:
     )
 
 
+def depth_at(config: LiquidConfig, rate: float, context: float) -> float:
+    """C of model spec 5.5 when `rate` of the gated work is executed, at `context` keys."""
+    paid = full = 0.0
+    for layer in range(config.num_hidden_layers):
+        cost, gated = layer_cost(config, layer, context), bool(config.gates_per_layer(layer))
+        attention = rate if gated and config.depth_gate.scope != "ffn" else 1.0
+        ffn = rate if gated and config.depth_gate.scope != "attn" else 1.0
+        paid += cost.fixed + attention * cost.attention + ffn * cost.ffn
+        paid += (1 - ffn) * cost.adapter
+        full += cost.full
+    return paid / full
+
+
 def depth_cost(config: LiquidConfig, steps: list[Step]) -> Tensor:
     """C = Σ_t,l m_tl·c_l / Σ_t,l c_l over the tokens that are not padding, straight-through.
 

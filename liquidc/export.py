@@ -6,7 +6,7 @@ config.json, safetensors in shards, and the files of the tokenizer and of genera
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -15,11 +15,13 @@ from liquidc.errors import InputError
 from liquidc.frontend.config import LiquidConfig
 from liquidc.frontend.families import Checkpoint, open_model
 from liquidc.frontend.shards import SHARD_BYTES, write_weights
+from liquidc.heldout import Report
 from liquidc.inputs import DirectoryInput
 from liquidc.ir.types import DType
 from liquidc.ir.weights import WeightExpr, WeightSource, byte_size, cast
 from liquidc.records import canonical
 
+MB = 1_000_000
 ARCHITECTURE = "LiquidForCausalLM"
 DTYPES = {"float32": DType.F32, "bfloat16": DType.BF16, "float16": DType.F16}
 
@@ -48,8 +50,7 @@ def export_checkpoint(
     dtype: str | None = None,
     shard_bytes: int = SHARD_BYTES,
     force: bool = False,
-    begin: Callable[[int], None] | None = None,
-    advance: Callable[[int], None] | None = None,
+    report: Report = lambda what, done, total: None,
 ) -> Exported:
     """Write the checkpoint directory `model` as one of `model_type` liquid.
 
@@ -59,8 +60,7 @@ def export_checkpoint(
         dtype: element type of the weights: float32, bfloat16 or float16; by default the config's.
         shard_bytes: of a file of weights, at most.
         force: replace a checkpoint that is there.
-        begin: told how many bytes of weights there are.
-        advance: called with the number of bytes after each block.
+        report: told how many of the megabytes of weights are written.
 
     Raises:
         InputError: the model is not supported or damaged, or the output can't be written.
@@ -77,8 +77,7 @@ def export_checkpoint(
         files,
         shard_bytes=shard_bytes,
         force=force,
-        begin=begin,
-        advance=advance,
+        report=report,
     )
 
 
@@ -105,8 +104,7 @@ def write_checkpoint(
     *,
     shard_bytes: int = SHARD_BYTES,
     force: bool = False,
-    begin: Callable[[int], None] | None = None,
-    advance: Callable[[int], None] | None = None,
+    report: Report = lambda what, done, total: None,
 ) -> Exported:
     """Write a Liquid checkpoint; it is there whole or not at all.
 
@@ -118,8 +116,7 @@ def write_checkpoint(
         files: contents of further files, by name.
         shard_bytes: of a file of weights, at most.
         force: replace a checkpoint that is there.
-        begin: told how many bytes of weights there are.
-        advance: called with the number of bytes after each block.
+        report: told how many of the megabytes of weights are written.
 
     Raises:
         InputError: it can't be written.
@@ -127,8 +124,13 @@ def write_checkpoint(
     if shard_bytes < 1:
         raise InputError(f"a shard of {shard_bytes} bytes holds nothing; give at least 1")
     total = sum(byte_size(expr.type) for expr in weights.values())
-    if begin is not None:
-        begin(total)
+    done = 0
+
+    def advance(size: int) -> None:
+        nonlocal done
+        done += size
+        report("MB written", done // MB, total // MB)
+
     told = {**config.to_dict(), "architectures": [ARCHITECTURE]}
     with whole_directory(output, force=force) as directory:
         names = write_weights(directory, weights, source, shard_bytes=shard_bytes, advance=advance)

@@ -14,6 +14,7 @@ from pathlib import Path
 _CLEAR = Path("/proc/self/clear_refs")
 _STATUS = Path("/proc/self/status")
 _IO = Path("/proc/self/io")
+_MEMORY = Path("/proc/meminfo")
 
 
 @dataclass(slots=True)
@@ -49,6 +50,16 @@ def measured() -> Generator[Measured]:
         result.bytes_read, result.bytes_written = (
             now - before for now, before in zip(_moved(), (read, written), strict=True)
         )
+
+
+def available_memory() -> int:
+    """Bytes that can be taken without swapping; a large number where the kernel does not tell."""
+    try:
+        lines = _MEMORY.read_text().splitlines()
+    except OSError:
+        return 1 << 62
+    found = [line.split()[1] for line in lines if line.startswith("MemAvailable:")]
+    return int(found[0]) * 1024 if found else 1 << 62
 
 
 def _reset_peak() -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 import json
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,8 +20,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from liquidc.frontend.gate_hooks import random_gates
 from liquidc.frontend.model import LiquidForCausalLM
-from liquidc.frontend.router import DepthRouter
 
 LENGTH = 256
 ROWS = 16
@@ -72,28 +72,6 @@ def quick(model: LiquidForCausalLM, windows: Tensor) -> tuple[float, list[float]
     """Bits per byte of windows i64[N, T + 1], and the run rate of each gate."""
     result = evaluate(model, windows)
     return result.bpb, result.gates.float().mean((1, 2)).tolist()
-
-
-@contextmanager
-def random_gates(model: nn.Module, rates: list[float], seed: int) -> Iterator[None]:
-    """Routers that run each token at random, at the given rates."""
-    generator = torch.Generator().manual_seed(seed)
-    routers = [m for m in model.modules() if isinstance(m, DepthRouter)]
-
-    def hook(rate: float) -> Callable[..., Tensor]:
-        def forget(module: nn.Module, args: Any, score: Tensor) -> Tensor:
-            del module, args
-            run = torch.rand(score.shape, generator=generator) < rate
-            return torch.where(run, 20.0, -20.0)
-
-        return forget
-
-    handles = [r.register_forward_hook(hook(q)) for r, q in zip(routers, rates, strict=True)]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 @contextmanager

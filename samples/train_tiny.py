@@ -36,9 +36,9 @@ import tiny_data
 import tiny_report
 
 from liquidc.frontend.config import DepthGateConfig, LiquidConfig, MoeConfig, TrainingConfig
-from liquidc.frontend.loss import layer_cost
+from liquidc.frontend.gate_hooks import ScoreNoise
+from liquidc.frontend.loss import depth_at
 from liquidc.frontend.model import LiquidForCausalLM
-from liquidc.frontend.router import DepthRouter
 
 LENGTH = 256
 """Tokens that a training window predicts."""
@@ -71,21 +71,10 @@ class Recipe:
     frequent: int = 3
 
 
-def gated_share(config: LiquidConfig, rate: float) -> float:
-    """C of model spec 5.5 when `rate` of the gated layers' work is executed."""
-    paid = full = 0.0
-    for layer in range(config.num_hidden_layers):
-        cost = layer_cost(config, layer, (LENGTH + 1) / 2)
-        gated = rate if config.gates_per_layer(layer) else 1.0
-        paid += cost.fixed + gated * (cost.attention + cost.ffn)
-        full += cost.full
-    return paid / full
-
-
 def tiny_config(rate: float = 0.55) -> LiquidConfig:
     """The sample's config: layers 1 to 6 gated, and `rate` of their work as the budget."""
     config = replace(static_config(), depth_gate=GATES)
-    target = round(gated_share(config, rate), 4)
+    target = round(depth_at(config, rate, (LENGTH + 1) / 2), 4)
     return replace(config, training=replace(config.training, depth_target=target))
 
 
@@ -125,25 +114,6 @@ def learning_rate(recipe: Recipe, at: float) -> float:
         return recipe.rate * max(at / recipe.warm_up, 0.01)
     fall = 0.5 + 0.5 * math.cos(math.pi * ramp(at, recipe.warm_up, 1.0))
     return recipe.rate * (0.02 + 0.98 * fall)
-
-
-class ScoreNoise:
-    """Adds logistic noise to the scores of the depth routers while training."""
-
-    def __init__(self, model: nn.Module, generator: torch.Generator) -> None:
-        self.scale = 0.0
-        self.generator = generator
-        for module in model.modules():
-            if isinstance(module, DepthRouter):
-                module.register_forward_hook(self._add)
-
-    def _add(self, module: nn.Module, args: object, score: Tensor) -> Tensor:
-        """Scores f32[B, T] with noise."""
-        del module, args
-        if not self.scale or not torch.is_grad_enabled():
-            return score
-        u = torch.rand(score.shape, generator=self.generator).clamp(1e-6, 1 - 1e-6)
-        return score + self.scale * torch.logit(u)
 
 
 class Trainer:

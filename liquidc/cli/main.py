@@ -26,6 +26,7 @@ VERBS = {
     "compile": "Compile a model into an engine directory.",
     "run": "Generate text with an engine.",
     "verify": "Compare an engine with its PyTorch reference.",
+    "liquify": "Give a model without gates depth gates.",
     "profile": "Measure what a model's gates and experts decide on a corpus.",
     "bench": "Time an engine at several depths.",
     "inspect": "Show what an engine consists of.",

@@ -187,12 +187,13 @@ def counting(*, quiet: bool = False) -> Generator[Callable[[str, int, int], None
 
             yield show
     else:
-        last: dict[str, float] = {}
+        last: dict[str, tuple[float, int]] = {}
 
         def tell(what: str, done: int, total: int) -> None:
             now = time.monotonic()
-            if done == total or now - last.get(what, 0.0) > 10:
-                last[what] = now
+            when, told = last.get(what, (0.0, -1))
+            if now - when > 10 or told != done == total:
+                last[what] = now, done
                 click.echo(f"{what}: {done} of {total}", err=True)
 
         yield tell

@@ -11,6 +11,7 @@ import pytest
 import torch
 from tokenizers import Tokenizer
 
+from liquidc.frontend.gate_hooks import random_gates
 from liquidc.frontend.model import LiquidForCausalLM
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -92,7 +93,7 @@ def test_rounding_and_random_gates_restore_the_model() -> None:
     before = tiny_report.evaluate(model, windows)
     for change in (
         tiny_report.rounded(model, 4, 32),
-        tiny_report.random_gates(model, [0.5] * 6, 1),
+        random_gates(model, [0.5] * 6, 1),
     ):
         with change:
             assert not torch.equal(tiny_report.evaluate(model, windows).bits, before.bits)
