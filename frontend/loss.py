@@ -158,6 +158,17 @@ def router_losses(config: LiquidConfig, steps: list[Step]) -> tuple[Tensor, Tens
     return switch, z / count, load
 
 
+def budget_loss(
+    config: LiquidConfig, steps: list[Step]
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
+    """What `LossParts.total` adds to the cross-entropy, and of what: cost, aux, z, load."""
+    t, cost = config.training, depth_cost(config, steps)
+    switch, z, load = router_losses(config, steps)
+    extra = t.router_aux_coef * switch + t.router_z_coef * z
+    extra = extra + t.depth_coef * (cost - t.depth_target).abs() * bool(config.num_gates)
+    return extra, cost, switch, z, load
+
+
 def total_loss(
     config: LiquidConfig, logits: Tensor, targets: Tensor, steps: list[Step]
 ) -> LossParts:
@@ -165,17 +176,13 @@ def total_loss(
     valid = steps[0].valid
     per_token = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none")
     ce = (per_token * valid.flatten()).sum() / valid.sum()
-    cost = depth_cost(config, steps)
-    switch, z, load = router_losses(config, steps)
+    extra, cost, switch, z, load = budget_loss(config, steps)
     alone = [router_losses(config, [step])[0] for step in steps if step.router is not None]
-    t = config.training
-    total = ce + t.router_aux_coef * switch + t.router_z_coef * z
-    total = total + t.depth_coef * (cost - t.depth_target).abs() * bool(config.num_gates)
     gates = [gate for step in steps for gate in step.gates]
     scores = [score for step in steps for score in step.scores]
     none = logits.new_zeros((0, *targets.shape))
     return LossParts(
-        total=total,
+        total=ce + extra,
         ce=ce,
         depth_cost=cost,
         router_aux=switch,

@@ -155,13 +155,9 @@ class LiquidForCausalLM(nn.Module):
         Raises:
             InputError: the cache has too few slots.
         """
-        steps, x, caches = self._run(
+        steps, x, after = self.run(
             input_ids, cache, lengths, position_start, gate_force, gate_bias, min_depth
         )
-        after = None
-        if cache is not None and caches is not None:
-            start = cache.position if position_start is None else position_start
-            after = LiquidCache(caches, start + steps[0].valid.sum(1))
         gates = [gate for step in steps for gate in step.gates]
         scores = [score for step in steps for score in step.scores]
         none = x.new_zeros((0, *input_ids.shape), dtype=torch.float32)
@@ -191,7 +187,7 @@ class LiquidForCausalLM(nn.Module):
         skipped tokens too (masked as ever), so that a gate's gradient knows what skipping them
         lost; without it, only executed tokens are sent to experts, which is faster.
         """
-        steps, x, _ = self._run(
+        steps, x, _ = self.run(
             input_ids[:, :-1],
             None,
             lengths,
@@ -199,22 +195,26 @@ class LiquidForCausalLM(nn.Module):
             gate_force,
             gate_bias,
             min_depth,
-            dense_estimate,
+            dense_estimate=dense_estimate,
         )
         return total_loss(self.config, self.head(x), input_ids[:, 1:], steps)
 
-    def _run(
+    def run(
         self,
         input_ids: Tensor,
-        cache: LiquidCache | None,
-        lengths: Tensor | None,
-        position_start: Tensor | None,
-        gate_force: Tensor | None,
-        gate_bias: Tensor | None,
-        min_depth: Tensor | None,
+        cache: LiquidCache | None = None,
+        lengths: Tensor | None = None,
+        position_start: Tensor | None = None,
+        gate_force: Tensor | None = None,
+        gate_bias: Tensor | None = None,
+        min_depth: Tensor | None = None,
+        *,
         dense_estimate: bool = False,
-    ) -> tuple[list[Step], Tensor, list[LayerCache] | None]:
-        """All layers: what each recorded, the last state [B, T, D], the new caches."""
+    ) -> tuple[list[Step], Tensor, LiquidCache | None]:
+        """All layers: what each recorded, the last state [B, T, D], the cache after them.
+
+        See `forward` and `loss`; the head is left to be computed.
+        """
         batch, tokens = input_ids.shape
         config, device = self.config, input_ids.device
         zeros = torch.zeros(batch, dtype=torch.int64, device=device)
@@ -249,7 +249,9 @@ class LiquidForCausalLM(nn.Module):
             executed, below, first = step.executed_after(), step.kv, first + count
             steps.append(step)
             caches += [] if new is None else [new]
-        return steps, x, caches or None
+        if cache is None:
+            return steps, x, None
+        return steps, x, LiquidCache(caches, position_start + valid.sum(1))
 
     def _experts(self, steps: list[Step], input_ids: Tensor) -> Tensor | None:
         if not self.config.moe_layers:
