@@ -3,8 +3,8 @@
 Both methods on a small model that was trained without gates (by `samples/train_tiny.py --no-gates`,
 20 minutes, unless one is given): bits per byte of held-out text against the share of the gated
 layers' work that is skipped. Layers closed by influence are compared with all sets of as many
-layers; trained gates with tokens that skip at random, each gate at its own rate. About 25 minutes on
-one core.
+layers; trained gates with tokens that skip at random, each gate at its own rate. About 25 minutes
+on one core.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "samples")]
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "samples"))
+sys.path.insert(1, str(Path(__file__).resolve().parent.parent))
 
 import tiny_data
 import tiny_report
@@ -31,6 +31,7 @@ from liquidc.frontend.model import LiquidForCausalLM
 from liquidc.gate_tuning import Tuning, measure
 from liquidc.liquify import Recipe, liquify
 
+ROOT = Path(__file__).resolve().parent.parent
 TEXT_BYTES = 1 << 20
 """Training text on which gates are trained and influence is measured."""
 PIECE = 4096

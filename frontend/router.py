@@ -48,10 +48,14 @@ class DepthRouter(nn.Module):
             return z.squeeze(-1)
         return z[..., self.exec_index] - z[..., 1 - self.exec_index]
 
+    @property
+    def last(self) -> nn.Linear:
+        """The layer that gives the logits."""
+        return self.proj1 if self.proj2 is None else self.proj2
+
     def favour_running(self, by: float = 2.0) -> None:
         """Initialise the last bias, where there is one, so that most tokens run at first."""
-        last = self.proj1 if self.proj2 is None else self.proj2
-        bias = cast("Tensor | None", last.bias)
+        bias = cast("Tensor | None", self.last.bias)
         if bias is not None:
             with torch.no_grad():
                 bias.zero_()

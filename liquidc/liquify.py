@@ -7,6 +7,7 @@ closed (`influence`), or gates and adapters are trained against a budget (`gate_
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -81,6 +82,8 @@ class Recipe:
         """
         if self.run is not None and not 0 < self.run < 1:
             raise InputError(f"the share of the gated work is {self.run}; between 0 and 1 is right")
+        if not 0 < self.tuning.rate < math.inf:
+            raise InputError(f"the learning rate is {self.tuning.rate}; it must be positive")
         if self.skip and self.run is not None:
             raise InputError("close layers or train their gates: not both at once")
         if self.adapter is not None and self.run is None:
@@ -273,6 +276,8 @@ def _tune(
     report("windows measured", 0, 1)
     measured = measure(network, held[:: max(1, len(held) // MEASURED_WINDOWS)])
     report("windows measured", 1, 1)
+    if not math.isfinite(measured.loss):
+        raise InputError(f"the loss is {measured.loss} after training; lower the learning rate")
     return measured
 
 

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from liquidc.cli.output import StageProgress, bytes_text, emit_json, json_option, table
+from liquidc.cli.output import (
+    StageProgress,
+    bytes_text,
+    emit_json,
+    json_option,
+    parse_bytes,
+    table,
+)
 
 if TYPE_CHECKING:
     from liquidc.ir.rewriter import Statistics
@@ -149,7 +155,7 @@ def command(
         portable_weights=portable_weights,
         fused_experts=fused_experts,
         calibration=calibration,
-        target_size=None if target_size is None else _bytes(target_size),
+        target_size=None if target_size is None else parse_bytes(target_size, "--target-size"),
         recipe=recipe,
         machine=machine,
         specialize=specialize or "",
@@ -230,19 +236,6 @@ def show_statistics(statistics: Statistics, *, as_json: bool, stderr: bool = Fal
         return
     rows = [[name, str(count)] for name, count in sorted(statistics.fired.items())]
     table("", ["rule", "fired"], rows or [["(none)", "0"]], stderr=stderr)
-
-
-def _bytes(text: str) -> int:
-    """A number of bytes for people, back again: 1 kB is 1000 bytes."""
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(B|kB|KB|MB|GB)?", text.strip())
-    if match is None:
-        raise click.BadParameter(
-            f"{text!r} is not a size such as 400MB",
-            click.get_current_context(),
-            param_hint="--target-size",
-        )
-    units = {None: 1, "B": 1, "kB": 10**3, "KB": 10**3, "MB": 10**6, "GB": 10**9}
-    return int(float(match[1]) * units[match[2]])
 
 
 def _start(text: str) -> tuple[str, Path]:

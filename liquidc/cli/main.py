@@ -27,6 +27,7 @@ VERBS = {
     "run": "Generate text with an engine.",
     "verify": "Compare an engine with its PyTorch reference.",
     "liquify": "Give a model without gates depth gates.",
+    "export-hf": "Write a model as a Liquid checkpoint for transformers.",
     "profile": "Measure what a model's gates and experts decide on a corpus.",
     "bench": "Time an engine at several depths.",
     "inspect": "Show what an engine consists of.",
@@ -46,7 +47,7 @@ class LazyGroup(click.Group):
         """The verb `cmd_name`."""
         if cmd_name not in VERBS:
             return None
-        module = importlib.import_module(f"liquidc.cli.{cmd_name}")
+        module = importlib.import_module(f"liquidc.cli.{cmd_name.replace('-', '_')}")
         return cast(click.Command, module.command)
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import re
 import sys
 import time
 from collections.abc import Callable, Generator
@@ -93,6 +94,23 @@ def bytes_text(size: float) -> str:
             return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
         size /= 1000
     return ""
+
+
+def parse_bytes(text: str, option: str) -> int:
+    """What an option says, as bytes: 1 kB is 1000 of them.
+
+    Raises:
+        BadParameter: it is no size.
+    """
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(B|kB|KB|MB|GB)?", text.strip())
+    if match is None:
+        raise click.BadParameter(
+            f"{text!r} is not a size such as 400MB",
+            click.get_current_context(),
+            param_hint=option,
+        )
+    units = {None: 1, "B": 1, "kB": 10**3, "KB": 10**3, "MB": 10**6, "GB": 10**9}
+    return int(float(match[1]) * units[match[2]])
 
 
 class StageProgress:

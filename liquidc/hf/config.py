@@ -19,7 +19,7 @@ class LiquidHfConfig(PreTrainedConfig):
     """config.json of `model_type` "liquid": the fields of `LiquidConfig`, as attributes.
 
     Raises:
-        ConfigError: a field is unknown, not supported or contradicts another one.
+        ConfigError: a field of ours is not supported or contradicts another one.
     """
 
     model_type = "liquid"

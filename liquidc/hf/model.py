@@ -8,12 +8,12 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor, nn
 from transformers import GenerationMixin, PreTrainedModel
-from transformers.modeling_outputs import ModelOutput
+from transformers.utils.generic import ModelOutput
 
 from liquidc.frontend import model as reference
+from liquidc.frontend.gate_hooks import depth_routers
 from liquidc.frontend.loss import budget_loss
 from liquidc.frontend.moe import Experts
-from liquidc.frontend.router import DepthRouter
 from liquidc.hf.cache import LiquidHfCache
 from liquidc.hf.config import LiquidHfConfig
 
@@ -66,10 +66,10 @@ class LiquidForCausalLM(PreTrainedModel, GenerationMixin):
                     nn.init.zeros_(parameter)
                 else:
                     nn.init.normal_(parameter, std=self.config.initializer_range)
-        if isinstance(module, DepthRouter) and not any(
-            getattr(p, "_is_hf_initialized", False) for p in module.parameters()
-        ):
-            module.favour_running()
+        # A router has no parameters of its own, so transformers does not come here with one.
+        for router in depth_routers(self):
+            if router.last is module and not hasattr(module.bias, "_is_hf_initialized"):
+                router.favour_running()
 
     def get_input_embeddings(self) -> nn.Module:
         """The token embedding."""
@@ -116,8 +116,8 @@ class LiquidForCausalLM(PreTrainedModel, GenerationMixin):
         attention_mask [B, T], or [B, columns so far + T]: 0 marks padding, on any side. labels
         i64[B, T], -100 where there is none: the loss is the cross-entropy of the next tokens; in
         training (`model.train()`), the budget and balance terms of model spec 5.5 are added, with
-        the weights in `config.training`. gate_force i8[G], gate_bias f32[B] and min_depth i64[B] as in the
-        reference model.
+        the weights in `config.training`. gate_force i8[G], gate_bias f32[B] and min_depth i64[B]
+        are those of the reference model.
 
         Raises:
             ValueError: an argument that is not supported, or one that contradicts another.

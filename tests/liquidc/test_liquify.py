@@ -152,7 +152,7 @@ def test_training_changes_gates_and_adapters_alone(
     liquify(static, tmp_path / "again", recipe)
     base, tuned = weights(static), weights(tmp_path / "out")
     fresh = tmp_path / "fresh"
-    liquify(static, fresh, replace(recipe, tuning=replace(TUNING, steps=1, rate=0.0)))
+    liquify(static, fresh, replace(recipe, tuning=replace(TUNING, steps=1, rate=1e-12)))
     start = weights(fresh)
     for name, value in tuned.items():
         if any(part in name for part in TRAINED):
@@ -203,7 +203,7 @@ def test_what_is_measured(model_directory: Path) -> None:
         (("--layers", "x"), "no list such as"),
         (("--layers", "5-2"), "none is in the middle"),
         (("--skip", 1, "--data", "/nowhere.txt"), "no such file"),
-        (("--run", 0.5, "--adapter", "--data", TEXT, "--rate", 1e30), "the loss is"),
+        (("--run", 0.5, "--data", TEXT, "--rate", "nan"), "the learning rate is nan"),
     ],
 )
 def test_refusals(static: Path, tmp_path: Path, options: tuple[object, ...], message: str) -> None:
