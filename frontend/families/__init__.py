@@ -10,12 +10,13 @@ from __future__ import annotations
 import json
 import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from liquidc.errors import CheckpointError, ConfigError, LiquidWarning
+from liquidc.ir.types import DType
 
 if TYPE_CHECKING:
     from torch import nn
@@ -24,6 +25,10 @@ if TYPE_CHECKING:
     from liquidc.frontend.config import LiquidConfig
     from liquidc.frontend.families.common import Family
     from liquidc.ir.weights import WeightExpr
+
+
+_SAVED_IN = {DType.BF16: "bfloat16", DType.F16: "float16"}
+"""`dtype` of a config by the element type of the embedding: what theirs says is often not so."""
 
 
 @dataclass(frozen=True)
@@ -130,6 +135,9 @@ def _open(directory: Path, data: dict[str, Any], source: CheckpointSource) -> Ch
         except (ValueError, IndexError) as error:
             raise CheckpointError(f"{directory}: tensors don't make up {name}: {error}") from None
     _check(directory, model, weights)
+    if kind != "liquid":
+        stored = weights["model.embed_tokens.weight"].type.dtype
+        config = replace(config, dtype=_SAVED_IN.get(stored, "float32"))
     _tell_unused(directory, tensors.unused(ignored))
     return Checkpoint(config, weights, source)
 

@@ -107,6 +107,15 @@ def test_families(tmp_path: Path, name: str) -> None:
         assert torch.equal(before(ids).logits, after(ids).logits)
 
 
+def test_a_family_keeps_its_element_type(tmp_path: Path) -> None:
+    case = CASES["llama"]
+    case.save(case.model().bfloat16(), tmp_path / "hf")
+    made = export_checkpoint(tmp_path / "hf", tmp_path / "out")
+    assert made.config.dtype == "bfloat16"
+    held = load_file(tmp_path / "out" / "model.safetensors")
+    assert {value.dtype for value in held.values()} == {torch.bfloat16}
+
+
 def test_the_command(model_directory: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     made = ok("export-hf", model_directory, "-o", out, "--dtype", "bfloat16")
