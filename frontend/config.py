@@ -18,6 +18,7 @@ from liquidc.frontend.attention_config import AttentionConfig
 from liquidc.frontend.fields import Fields
 from liquidc.frontend.moe_config import MoeConfig
 from liquidc.frontend.rope_config import read_rope
+from liquidc.records import read_object
 
 IGNORED = frozenset(
     "_name_or_path architectures auto_map model_type liquid_version transformers_version use_cache "
@@ -259,12 +260,7 @@ class LiquidConfig:
         file = Path(path)
         if file.is_dir():
             file = file / "config.json"
-        try:
-            data = json.loads(file.read_bytes())
-        except OSError as error:
-            raise ConfigError(f"{file}: can't be read ({error.strerror})") from None
-        except (ValueError, RecursionError) as error:
-            raise ConfigError(f"{file}: not JSON ({error})") from None
+        data = read_object(file, ConfigError)
         try:
             return cls.from_dict(data)
         except ConfigError as error:

@@ -24,6 +24,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from liquidc.errors import InputError
 from liquidc.inputs import TEMPLATE, TOKENIZER_CONFIG
+from liquidc.records import read_object
 
 LARGEST = 1 << 20
 """Characters that a template may write, and items that a product in it may have."""
@@ -116,7 +117,7 @@ def read_chat_template(directory: Path) -> ChatTemplate | None:
         InputError: a file is damaged.
     """
     path = directory / TOKENIZER_CONFIG
-    config = _config(path) if path.exists() else {}
+    config = read_object(path, InputError) if path.exists() else {}
     tokens = {name: text for name in TOKENS if (text := _text(config.get(name))) is not None}
     alone = directory / TEMPLATE
     if alone.exists():
@@ -140,18 +141,6 @@ def _default(path: Path, named: list[Any]) -> object:
         return {each["name"]: each["template"] for each in named}.get("default")
     except (TypeError, KeyError):
         raise InputError(f"{path}: chat_template must be a list of names and templates") from None
-
-
-def _config(path: Path) -> dict[str, Any]:
-    try:
-        data: Any = json.loads(path.read_bytes())
-    except OSError as error:
-        raise InputError(f"{path}: can't be read ({error.strerror})") from None
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"{path}: not valid JSON ({error})") from None
-    if not isinstance(data, dict):
-        raise InputError(f"{path}: must be a JSON object")
-    return cast("dict[str, Any]", data)
 
 
 def _text(token: object) -> str | None:

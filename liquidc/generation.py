@@ -6,13 +6,13 @@ can't be done here is named in `unsupported`.
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
 from liquidc.errors import ConfigError
 from liquidc.frontend.fields import Fields
+from liquidc.records import read_object
 
 GENERATION = "generation_config.json"
 TOP_K = 50
@@ -81,7 +81,7 @@ def read_generation(directory: Path) -> Generation:
         ConfigError: a file is damaged, or a value of another type or out of range.
     """
     path = directory / GENERATION
-    told = _json(path) if path.exists() else {}
+    told = read_object(path, ConfigError) if path.exists() else {}
     try:
         found = _read(Fields("", told))
     except ConfigError as error:
@@ -89,7 +89,7 @@ def read_generation(directory: Path) -> Generation:
     eos = told.get("eos_token_id")
     if eos is None and (directory / "config.json").exists():
         path = directory / "config.json"
-        config = _json(path)
+        config = read_object(path, ConfigError)
         text = config.get("text_config")
         inner = cast("dict[str, Any]", text) if isinstance(text, dict) else {}
         eos = config.get("eos_token_id", inner.get("eos_token_id"))
@@ -127,15 +127,3 @@ def _ids(path: Path, value: object) -> frozenset[int]:
     if not all(type(token) is int for token in ids):
         raise ConfigError(f"{path}: eos_token_id must be an id or a list of ids")
     return frozenset(cast("list[int]", ids))
-
-
-def _json(path: Path) -> dict[str, Any]:
-    try:
-        data: Any = json.loads(path.read_bytes())
-    except OSError as error:
-        raise ConfigError(f"{path}: can't be read ({error.strerror})") from None
-    except (ValueError, RecursionError) as error:
-        raise ConfigError(f"{path}: not valid JSON ({error})") from None
-    if not isinstance(data, dict):
-        raise ConfigError(f"{path}: must be a JSON object")
-    return cast("dict[str, Any]", data)

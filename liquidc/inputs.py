@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, cast
@@ -12,7 +11,7 @@ from liquidc.errors import CheckpointError, ConfigError, InputError
 from liquidc.generation import GENERATION, read_generation
 from liquidc.ir.core import Module
 from liquidc.ir.weights import WeightSource
-from liquidc.records import canonical
+from liquidc.records import canonical, read_object
 
 if TYPE_CHECKING:
     import torch
@@ -195,15 +194,9 @@ def model_type(path: Path) -> str:
     Raises:
         ConfigError: it can't be read.
     """
-    try:
-        config: Any = json.loads(path.read_bytes())
-    except FileNotFoundError:
-        raise ConfigError(f"{path}: missing; a model directory has a config.json") from None
-    except (ValueError, RecursionError) as error:
-        raise ConfigError(f"{path}: not valid JSON ({error})") from None
-    if not isinstance(config, dict):
-        raise ConfigError(f"{path}: must be a JSON object")
-    return str(cast(dict[str, Any], config).get("model_type", ""))
+    if not path.exists():
+        raise ConfigError(f"{path}: missing; a model directory has a config.json")
+    return str(read_object(path, ConfigError).get("model_type", ""))
 
 
 def _bytes_of(tensor: torch.Tensor) -> Any:

@@ -11,7 +11,10 @@ import dataclasses
 import json
 import types
 import typing
+from pathlib import Path
 from typing import Any, TypeVar, cast
+
+from liquidc.errors import InputError
 
 T = TypeVar("T")
 
@@ -32,6 +35,23 @@ def canonical(value: Any) -> bytes:
     """The one way to write a JSON value: sorted keys, two spaces, UTF-8, a final newline."""
     text = json.dumps(value, sort_keys=True, indent=2, ensure_ascii=False, allow_nan=False)
     return (text + "\n").encode()
+
+
+def read_object(path: Path, error: type[InputError]) -> dict[str, Any]:
+    """The JSON object in a file.
+
+    Raises:
+        error: it can't be read, is not JSON, or no object.
+    """
+    try:
+        data: Any = json.loads(path.read_bytes())
+    except OSError as problem:
+        raise error(f"{path}: can't be read ({problem.strerror})") from None
+    except (ValueError, RecursionError) as problem:
+        raise error(f"{path}: not valid JSON ({problem})") from None
+    if not isinstance(data, dict):
+        raise error(f"{path}: must be a JSON object")
+    return cast("dict[str, Any]", data)
 
 
 def from_json(kind: type[T], value: Any, where: str = "") -> T:

@@ -7,16 +7,16 @@ checkpoint is run.
 
 from __future__ import annotations
 
-import json
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 from liquidc.errors import CheckpointError, ConfigError, LiquidWarning
 from liquidc.ir.types import DType
+from liquidc.records import read_object
 
 if TYPE_CHECKING:
     from torch import nn
@@ -91,7 +91,7 @@ def open_model(directory: Path) -> Checkpoint:
     """
     from liquidc.frontend.checkpoint import CheckpointSource
 
-    data = _json(directory / "config.json")
+    data = read_object(directory / "config.json", ConfigError)
     source = CheckpointSource(directory)
     try:
         return _open(directory, data, source)
@@ -148,18 +148,6 @@ def _refuse_more_layers_than_tensors(data: Mapping[str, Any], tensors: int) -> N
     layers = text.get("num_hidden_layers") if isinstance(text, dict) else None
     if isinstance(layers, int) and layers > tensors:
         raise ConfigError(f"num_hidden_layers is {layers}; the checkpoint has {tensors} tensors")
-
-
-def _json(path: Path) -> dict[str, Any]:
-    try:
-        data = json.loads(path.read_bytes())
-    except OSError as error:
-        raise ConfigError(f"{path}: can't be read ({error.strerror})") from None
-    except (ValueError, RecursionError) as error:
-        raise ConfigError(f"{path}: not JSON ({error})") from None
-    if not isinstance(data, dict):
-        raise ConfigError(f"{path}: not a JSON object")
-    return cast("dict[str, Any]", data)
 
 
 def _family(data: Mapping[str, Any]) -> Family:

@@ -315,10 +315,10 @@ def test_any_values(changes: dict[str, Any]) -> None:
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b"{", "not JSON"),
-        (b"\xff", "not JSON"),
-        (b"[" * 100_000, "not JSON"),
-        (b"[]", "the config must be a JSON object"),
+        (b"{", "not valid JSON"),
+        (b"\xff", "not valid JSON"),
+        (b"[" * 100_000, "not valid JSON"),
+        (b"[]", "must be a JSON object"),
         (b'{"model_type": "llama"}', "model_type is 'llama'; it must be 'liquid'"),
         (None, "can't be read (No such file or directory)"),
     ],
