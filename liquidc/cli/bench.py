@@ -15,7 +15,8 @@ from liquidc.cli.output import bytes_text, counting, emit_json, json_option, tab
 Examples:
   liquidc bench engine
   liquidc bench engine --levels 100,50,0 --cached 512 --turns 20
-  liquidc bench engine --prompt 0 --json"""
+  liquidc bench engine --prompt 0 --json
+  liquidc bench engine --depth-bias=-2,-1,0,1,2 --min-depth 3"""
 )
 @click.argument("engine", type=click.Path(path_type=Path))
 @click.option("--levels", default="100,50,0", show_default=True, help="Percent of gates on.")
@@ -23,6 +24,17 @@ Examples:
 @click.option("--steps", default=16, show_default=True, help="Decode steps per turn.")
 @click.option("--turns", default=10, show_default=True, help="Turns of each level.")
 @click.option("--prompt", default=128, show_default=True, help="Tokens of a prefill; 0 for none.")
+@click.option(
+    "--depth-bias",
+    metavar="LIST",
+    help="Instead: bits per byte of held-out text and decode time at each of these biases.",
+)
+@click.option("--min-depth", default=0, show_default=True, help="With it: layers that always run.")
+@click.option(
+    "--data",
+    type=click.Path(path_type=Path),
+    help="With it: the text.  [default: heldout.txt of the model]",
+)
 @click.option("--threads", type=click.IntRange(min=1), help="Threads of one operation.")
 @json_option
 def command(
@@ -32,6 +44,9 @@ def command(
     steps: int,
     turns: int,
     prompt: int,
+    depth_bias: str | None,
+    min_depth: int,
+    data: Path | None,
     threads: int | None,
     as_json: bool,
 ) -> None:
@@ -39,11 +54,17 @@ def command(
 
     One engine file serves every level: gates are forced at run time. Medians with range and 95 %
     interval; leave the machine alone meanwhile.
+
+    With --depth-bias, what an operator trades: a bias is added to every gate's score, above 0 more
+    layers run, below 0 fewer, at --cached tokens and --steps of each of --turns pieces of text.
     """
     from liquidc.backends.base import RunnerOptions
     from liquidc.bench import BenchOptions, bench
     from liquidc.runtime import load
 
+    if depth_bias is not None:
+        _sweep(engine, _biases(depth_bias), data, min_depth, cached, steps, turns, threads, as_json)
+        return
     options = BenchOptions(
         levels=_parse(levels), cached=cached, steps=steps, turns=turns, prompt=prompt
     )
@@ -56,6 +77,66 @@ def command(
         emit_json({"engine": str(engine), **result})
     else:
         _show(result)
+
+
+def _sweep(
+    engine: Path,
+    biases: tuple[float, ...],
+    data: Path | None,
+    min_depth: int,
+    cached: int,
+    steps: int,
+    turns: int,
+    threads: int | None,
+    as_json: bool,
+) -> None:
+    """Bits per byte against time."""
+    from liquidc.backends.base import RunnerOptions
+    from liquidc.depth_sweep import SweepOptions, sweep
+    from liquidc.runtime import load
+    from liquidc.verify import find_reference, read_held_out
+
+    options = SweepOptions(biases, min_depth, windows=turns, cached=cached, steps=steps)
+    with load(engine, options=RunnerOptions(threads=threads, bench=True)) as loaded:
+        text = read_held_out(data or find_reference(engine) / "heldout.txt", loaded)
+        with counting(quiet=as_json) as report:
+            result = sweep(loaded, text, options, report)
+    if as_json:
+        emit_json({"engine": str(engine), **result})
+        return
+    first = next((r for r in result["rows"] if r["depth_bias"] == 0), result["rows"][0])
+    rows = [
+        [
+            f"{row['depth_bias']:+g}",
+            "" if row["bits_per_byte"] is None else f"{row['bits_per_byte']:.4f}",
+            f"{row['bits_per_token']:.4f}",
+            f"{row['layers_run']:.2f}",
+            f"{row['ms_mean']:.3f}",
+            f"{row['ms_median']:.3f}",
+            f"{row['ms_low']:.3f}–{row['ms_high']:.3f}",
+            f"{row['ms_mean'] / first['ms_mean']:.3f}",
+        ]
+        for row in result["rows"]
+    ]
+    columns = [
+        *("bias", "bits per byte", "bits per token", "layers run"),
+        *("ms, mean", "ms, median", "95 %", "ratio of means"),
+    ]
+    table("", columns, rows, right=0)
+    click.echo(
+        f"{result['windows']} pieces of {result['window']} tokens; "
+        f"{result['machine']['processor']}, {result['machine']['cores']} cores"
+    )
+
+
+def _biases(text: str) -> tuple[float, ...]:
+    try:
+        return tuple(dict.fromkeys(float(part) for part in text.split(",")))
+    except ValueError:
+        context = click.get_current_context()
+        raise click.BadParameter(
+            f"{text!r} is not a list of numbers", context, param_hint="--depth-bias"
+        ) from None
 
 
 def _parse(text: str) -> tuple[int, ...]:

@@ -59,7 +59,7 @@ Examples:
 )
 @click.option("--seed", default=0, show_default=True, help="Of the sampling.")
 @click.option("--stop", multiple=True, help="End before this text; repeatable.")
-@click.option("--gate-bias", default=0.0, show_default=True, help="Above 0 runs more layers.")
+@click.option("--depth-bias", default=0.0, show_default=True, help="Above 0 runs more layers.")
 @click.option("--min-depth", default=0, show_default=True, help="Layers that every token runs.")
 @click.option("--show-depth", is_flag=True, help="Colour tokens by the layers that they ran.")
 @click.option("--threads", type=click.IntRange(min=1), help="Threads of one operation.")
@@ -78,7 +78,7 @@ def command(
     repetition_penalty: float | None,
     seed: int,
     stop: tuple[str, ...],
-    gate_bias: float,
+    depth_bias: float,
     min_depth: int,
     show_depth: bool,
     threads: int | None,
@@ -117,7 +117,7 @@ def command(
                 repetition_penalty=repetition_penalty,
                 seed=seed,
                 stop=stop,
-                gate_bias=gate_bias,
+                gate_bias=depth_bias,
                 min_depth=min_depth,
             ):
                 tokens.append(token)

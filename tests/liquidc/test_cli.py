@@ -349,7 +349,7 @@ def test_run(null_engine: Path) -> None:
 def test_run_deeper_and_shallower(null_engine: Path) -> None:
     deep = ok("run", null_engine, "-p", "a", "-n", 4, "--min-depth", 4)
     assert {token["depth"] for token in deep["tokens"]} == {4}
-    flat = ok("run", null_engine, "-p", "a", "-n", 4, "--gate-bias", -100)
+    flat = ok("run", null_engine, "-p", "a", "-n", 4, "--depth-bias", -100)
     assert {token["depth"] for token in flat["tokens"]} == {2}
 
 
