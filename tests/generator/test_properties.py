@@ -25,7 +25,7 @@ FEW = settings(
     max_examples=10, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck)
 )
 MANY = settings(FEW, max_examples=150)
-OFTEN, ALWAYS = range(2_000), range(2_000, 12_000)
+OFTEN, ALWAYS = range(500), range(500, 12_000)
 """Seeds of modules that the passes share out: in every run of the tests, and in the long one."""
 
 
