@@ -9,13 +9,14 @@ import mmap
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any
-
-import torch
+from typing import TYPE_CHECKING, Any
 
 from liquidc.backends.base import Journal, StoredWeight
 from liquidc.ir.types import DType
 from liquidc.ir.weights import WeightExpr, WeightSource, byte_size, evaluate, torch_dtype
+
+if TYPE_CHECKING:
+    import torch
 
 NAME = "weights.bin"
 ALIGNMENT = 4096
@@ -54,6 +55,8 @@ def write_weights(
     Returns:
         The offset of each weight.
     """
+    import torch
+
     offsets = layout(weights)
     kept = 0 if journal is None else journal.held(path)
     with path.open("r+b" if kept else "wb") as file:
@@ -91,6 +94,8 @@ class WeightsFile:
 
     def read_rows(self, name: str, start: int, stop: int) -> torch.Tensor:
         """Rows `start:stop` of a weight; a scalar counts as one row."""
+        import torch
+
         entry = self._index[name]
         dtype = torch_dtype(DType(entry["dtype"]))
         shape = [int(size) for size in entry["shape"]] or [1]

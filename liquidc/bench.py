@@ -18,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from liquidc.errors import InputError
+from liquidc.ir import DType
 from liquidc.measure import machine
 from liquidc.runtime import Engine
 from liquidc.session import DepthControls, StepResult
@@ -196,12 +197,9 @@ def bytes_read(engine: Engine, result: StepResult, kv_len: NDArray[np.int64]) ->
         heads, width = cache.shape[1], cache.shape[3]
         if isinstance(heads, int) and isinstance(width, int):
             layers, _ = engine.ran(result, 0, -1)
-            slot = 2 * heads * width * np.dtype(_NUMPY[cache.dtype]).itemsize
+            slot = 2 * heads * width * DType(cache.dtype).bytes
             total += sum(int(kv_len[layer]) * slot for layer in layers)
     return total
-
-
-_NUMPY = {"f64": "f8", "f32": "f4", "f16": "f2", "bf16": "u2", "i8": "i1"}
 
 
 def _report(row: _Row, bandwidth: float) -> dict[str, Any]:

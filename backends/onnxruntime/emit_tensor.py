@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from liquidc.backends.onnxruntime.graph import ELEMENT, NUMPY, Graph
+from liquidc.backends.onnxruntime.graph import ELEMENT, Graph
 from liquidc.ir import Op, ops
 from liquidc.ir.weights import sizes
 
@@ -32,8 +32,8 @@ def _by_row(kind: str) -> Emit:
 
 
 def _constant(g: Graph, op: ops.Constant) -> list[str]:
-    array = np.array(op.value, NUMPY[op.y.dtype]).reshape(sizes(op.y.shape))
-    return [g.const(array, NUMPY[op.y.dtype])]
+    array = np.array(op.value, op.y.dtype.numpy).reshape(sizes(op.y.shape))
+    return [g.const(array, np.dtype(op.y.dtype.numpy))]
 
 
 def _size(g: Graph, op: ops.Size) -> list[str]:

@@ -31,18 +31,6 @@ ELEMENT: dict[DType, int] = {
     DType.U8: TensorProto.UINT8,
     DType.BOOL: TensorProto.BOOL,
 }
-NUMPY: dict[DType, Any] = {
-    DType.F64: np.float64,
-    DType.F32: np.float32,
-    DType.F16: np.float16,
-    DType.I64: np.int64,
-    DType.I32: np.int32,
-    DType.I8: np.int8,
-    DType.U8: np.uint8,
-    DType.BOOL: np.bool_,
-}
-
-
 Form = tuple[int, tuple[int, ...]]
 
 

@@ -16,7 +16,6 @@ import onnxruntime as ort
 from numpy.typing import NDArray
 
 from liquidc.backends.base import Arrays, Cache, Guard, Runner, RunnerOptions, Trace, path_gates
-from liquidc.backends.onnxruntime.graph import NUMPY
 from liquidc.errors import InternalError
 from liquidc.ir import DType
 
@@ -118,7 +117,7 @@ class OrtRunner(Runner):
             return OrtCache(batch, capacity, {}, np.zeros((0, batch), np.int64))
         named = {"B": batch, "S": capacity}
         shape = [dim if isinstance(dim, int) else named[dim] for dim in info.shape]
-        dtype = NUMPY[DType(info.dtype)]
+        dtype = DType(info.dtype).numpy
         buffers = {
             name: ort.OrtValue.ortvalue_from_numpy(np.zeros(shape, dtype)) for name in info.buffers
         }

@@ -36,7 +36,23 @@ class DType(StrEnum):
         """Size of one element in bytes."""
         return _BYTES[self]
 
+    @property
+    def numpy(self) -> str:
+        """What numpy calls these elements; bfloat16, which it lacks, is read as its 16 bits."""
+        return _NUMPY[self]
 
+
+_NUMPY = {
+    DType.F64: "float64",
+    DType.F32: "float32",
+    DType.F16: "float16",
+    DType.BF16: "uint16",
+    DType.I64: "int64",
+    DType.I32: "int32",
+    DType.I8: "int8",
+    DType.U8: "uint8",
+    DType.BOOL: "bool",
+}
 _BYTES = {
     DType.F64: 8,
     DType.F32: 4,
