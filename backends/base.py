@@ -175,6 +175,10 @@ class Cache(Protocol):
         """Slots taken by layer and row, [L, B]; a copy."""
         ...
 
+    def rewind(self, kv_len: NDArray[np.int64]) -> None:
+        """Forget what was appended after `kv_len` was read; appends write nowhere else."""
+        ...
+
 
 class Runner(ABC):
     """A loaded engine that computes one step at a time. It checks nothing: `liquidc.runtime` does.

@@ -51,6 +51,19 @@ class StepResult:
     experts: NDArray[np.int64]
 
 
+@dataclass(frozen=True, slots=True)
+class Mark:
+    """A moment of a session, to come back to.
+
+    Attributes:
+        lengths: tokens that each row held, i64[B].
+        kv_len: cache slots that were taken, i64[L, B].
+    """
+
+    lengths: NDArray[np.int64]
+    kv_len: NDArray[np.int64]
+
+
 class Session:
     """The state of `batch` sequences: their cache and how long they are.
 
@@ -85,6 +98,23 @@ class Session:
     def kv_len(self) -> NDArray[np.int64]:
         """Cache slots taken by layer and row, i64[L, B]."""
         return self._cache.kv_len
+
+    def mark(self) -> Mark:
+        """This moment, for `rewind`."""
+        return Mark(self.lengths.copy(), self._cache.kv_len)
+
+    def rewind(self, mark: Mark) -> None:
+        """Forget the tokens that were fed since the mark was made: nothing is computed or copied.
+
+        Raises:
+            InputError: the mark is of another session, or of a moment that was itself forgotten.
+        """
+        now = self._cache.kv_len
+        fits = mark.lengths.shape == self.lengths.shape and mark.kv_len.shape == now.shape
+        if not fits or (mark.lengths > self.lengths).any() or (mark.kv_len > now).any():
+            raise InputError("the mark is not of an earlier moment of this session")
+        self.lengths = mark.lengths.copy()
+        self._cache.rewind(mark.kv_len)
 
     def prefill(
         self,

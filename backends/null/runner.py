@@ -39,6 +39,10 @@ class NullCache:
         """Slots taken by layer and row."""
         return self.length.numpy().copy()
 
+    def rewind(self, kv_len: NDArray[np.int64]) -> None:
+        """See `Cache`."""
+        self.length = torch.from_numpy(kv_len.copy())
+
 
 class NullRunner(Runner):
     """An engine in the interpreter.

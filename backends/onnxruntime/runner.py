@@ -64,6 +64,10 @@ class OrtCache:
         """Slots taken by layer and row."""
         return self.length.copy()
 
+    def rewind(self, kv_len: NDArray[np.int64]) -> None:
+        """See `Cache`."""
+        self.length = kv_len.copy()
+
 
 class OrtRunner(Runner):
     """An engine in one ONNX Runtime session.

@@ -76,6 +76,9 @@ class FakeCache:
     def kv_len(self) -> NDArray[np.int64]:
         return self.length.copy()
 
+    def rewind(self, kv_len: NDArray[np.int64]) -> None:
+        self.length = kv_len.copy()
+
 
 @dataclass
 class FakeRunner(Runner):
