@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from liquidc.frontend.config import LiquidConfig
 
 TYPES = {
+    "F32": (GGMLQuantizationType.F32, LlamaFileType.ALL_F32),
     "Q4_0": (GGMLQuantizationType.Q4_0, LlamaFileType.MOSTLY_Q4_0),
     "Q8_0": (GGMLQuantizationType.Q8_0, LlamaFileType.MOSTLY_Q8_0),
 }
@@ -43,7 +44,7 @@ def write(path: Path, config: LiquidConfig, type: str) -> None:
             writer.add_tensor(name, np.ones(shape, np.float32))
             continue
         weight: NDArray[np.float32] = numbers.standard_normal(shape, np.float32) * np.float32(0.02)
-        if name.endswith("ffn_gate_inp.weight"):
+        if type == "F32" or name.endswith("ffn_gate_inp.weight"):
             writer.add_tensor(name, weight)
         else:
             writer.add_tensor(name, quants.quantize(weight, kind), raw_dtype=kind)

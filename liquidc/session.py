@@ -34,6 +34,10 @@ class DepthControls:
     gate_force: tuple[int, ...] | None = None
 
 
+DEFAULT = DepthControls()
+"""The routers decide."""
+
+
 @dataclass(frozen=True, slots=True)
 class StepResult:
     """What the tokens of one call computed; outputs that the engine lacks are empty.
@@ -91,8 +95,18 @@ class Session:
         self.capacity = capacity
         self.lengths = np.zeros(batch, np.int64)
         self._cache: Cache = runner.new_cache(batch, capacity)
-        self._checked: DepthControls | None = None
         self._inputs = {spec.name for spec in manifest.functions["prefill"].inputs}
+        self._depth: DepthControls | None = None
+        self._asked: Arrays = {}
+        self._ones = np.ones(batch, np.int64)
+        self._one: Arrays = self._known(
+            {
+                "input_ids": np.zeros((batch, 1), np.int64),
+                "lengths": self._ones,
+                "position_start": np.zeros(batch, np.int64),
+                "logit_index": np.zeros((batch, 1), np.int64),
+            }
+        )
 
     @property
     def kv_len(self) -> NDArray[np.int64]:
@@ -142,10 +156,7 @@ class Session:
                 cache that would need one.
         """
         rows = self._rows(ids)
-        depth = depth or DepthControls()
-        if depth is not self._checked:
-            check_controls(self._manifest, depth)
-            self._checked = depth
+        self._ask(depth or DEFAULT)
         count = max(map(len, rows))
         step = count if not self._can_continue else min(chunk or CHUNK, count)
         lengths = np.array([len(row) for row in rows], np.int64)
@@ -156,7 +167,7 @@ class Session:
         last: NDArray[np.float32] | None = None
         for start in range(0, count, step):
             part = tokens[:, start : start + step]
-            result = self._step(part, np.clip(lengths - start, 0, part.shape[1]), every, depth)
+            result = self._step(part, np.clip(lengths - start, 0, part.shape[1]), every)
             parts.append(result)
             ends = (lengths > start) & (lengths <= start + step)
             if last is None:
@@ -188,6 +199,13 @@ class Session:
         """
         if len(ids) != self.batch:
             raise InputError(f"{len(ids)} tokens for {self.batch} rows")
+        if active is None and self._can_continue and self.lengths.max() < self.capacity:
+            check_ids(self._manifest, ids)
+            self._ask(depth or DEFAULT)
+            # The same arrays at every step: a runner that binds its inputs need not do so again.
+            self._one["input_ids"][:, 0] = ids
+            np.copyto(self._one["position_start"], self.lengths)
+            return self._run(self._one, self._ones, 1)
         taking = [True] * self.batch if active is None else list(active)
         rows = [[token] if takes else [] for token, takes in zip(ids, taking, strict=True)]
         return self.prefill(rows, depth=depth)
@@ -217,34 +235,50 @@ class Session:
             )
         return rows
 
+    def _ask(self, depth: DepthControls) -> None:
+        """Make `depth` what the next call runs with, once it is checked."""
+        if depth is self._depth:
+            return
+        check_controls(self._manifest, depth)
+        gates = len(self._manifest.model.gates)
+        asked: Arrays = {
+            "gate_force": np.array(depth.gate_force or (0,) * gates, np.int8),
+            "gate_bias": np.full(self.batch, depth.gate_bias, np.float32),
+            "min_depth": np.full(self.batch, depth.min_depth, np.int64),
+        }
+        self._asked, self._depth = self._known(asked), depth
+
+    def _known(self, inputs: Arrays) -> Arrays:
+        """Those that the engine takes."""
+        return {name: value for name, value in inputs.items() if name in self._inputs}
+
     def _step(
-        self, tokens: NDArray[np.int64], lengths: NDArray[np.int64], every: bool, d: DepthControls
+        self, tokens: NDArray[np.int64], lengths: NDArray[np.int64], every: bool
     ) -> StepResult:
         batch, count = tokens.shape
-        gates = len(self._manifest.model.gates)
         index = (
             np.tile(np.arange(count, dtype=np.int64), (batch, 1))
             if every
             else np.maximum(lengths - 1, 0)[:, None]
         )
-        force = d.gate_force if d.gate_force is not None else (0,) * gates
         inputs: Arrays = {
             "input_ids": np.ascontiguousarray(tokens),
             "lengths": lengths,
             "position_start": self.lengths.copy(),
             "logit_index": index,
-            "gate_force": np.array(force, np.int8),
-            "gate_bias": np.full(batch, d.gate_bias, np.float32),
-            "min_depth": np.full(batch, d.min_depth, np.int64),
         }
-        given = {name: value for name, value in inputs.items() if name in self._inputs}
-        out = self._runner.step(given, self._cache)
+        return self._run(self._known(inputs), lengths, count)
+
+    def _run(self, inputs: Arrays, lengths: NDArray[np.int64], count: int) -> StepResult:
+        out = self._runner.step(inputs | self._asked, self._cache)
         self.lengths += lengths
+        shape = (len(self._manifest.model.gates), self.batch, count)
+        gates, p, experts = out.get("gates"), out.get("gate_p"), out.get("experts")
         return StepResult(
             out["logits"],
-            out.get("gates", np.zeros((gates, batch, count), np.bool_)),
-            out.get("gate_p", np.zeros((gates, batch, count), np.float32)),
-            out.get("experts", np.zeros((0, batch, count, 0), np.int64)),
+            np.zeros(shape, np.bool_) if gates is None else gates,
+            np.zeros(shape, np.float32) if p is None else p,
+            np.zeros((0, *shape[1:], 0), np.int64) if experts is None else experts,
         )
 
 

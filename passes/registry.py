@@ -24,6 +24,7 @@ from liquidc.passes.quantize_cache import QuantizeCache
 from liquidc.passes.specialize_decode import SpecializeDecode
 from liquidc.passes.specialize_depth import SpecializeDepth
 from liquidc.passes.stack_experts import StackExperts
+from liquidc.passes.stack_results import StackResults
 
 PASSES: dict[str, type[Pass]] = {
     kind.name: kind
@@ -49,6 +50,7 @@ PASSES: dict[str, type[Pass]] = {
         SpecializeDecode,
         SpecializeDepth,
         StackExperts,
+        StackResults,
     )
 }
 
@@ -64,6 +66,7 @@ DEFAULT_PIPELINE = (
     "fuse-linear",
     "specialize-decode",
     "compact-tokens",
+    "stack-results",
     "fold-constants",
     "eliminate-common",
     "eliminate-dead",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,15 +18,20 @@ F32_ONNX = ELEMENT[DType.F32]
 
 
 def depth_gate(g: Graph, op: ops.DepthGate) -> list[str]:
-    """The rules of `ops.DepthGate` as two bounds: of the score, and of the layers executed."""
-    bounds = _bounds(g, op)
-    score = g.op("Reshape", [g.name(op.score), g.shape((1, *op.score.shape))])
-    biased = g.op("Sigmoid", [g.op("Add", [score, bounds.bias])])
+    """The rules of `ops.DepthGate` as two bounds: of the score, and of the layers executed.
+
+    The sigmoid rises, so that `sigmoid(score + bias) > threshold` is `score > logit(threshold) -
+    bias`, whose right side is computed once for all gates.
+    """
+    bounds, shape = _bounds(g, op), op.score.shape
+    score = g.lead(g.name(op.score), shape)
     compare = "Greater" if op.compare == "gt" else "GreaterOrEqual"
-    decided = g.op(compare, [biased, bounds.thresholds[op]])
-    needed = g.op("LessOrEqual", [g.name(op.executed), bounds.floors[op]])
-    stacked = [g.op("Or", [decided, needed]), g.op("Sigmoid", [score])]
-    return [g.viewed(x, (1, *op.score.shape), op.score.shape) for x in stacked]
+    decided = g.op(compare, [score, bounds.thresholds[op]])
+    executed = g.name(op.executed)
+    executed = g.lead(executed, op.executed.shape, make=False) or executed
+    needed = g.op("LessOrEqual", [executed, bounds.floors[op]])
+    mask = g.viewed(g.op("Or", [decided, needed]), (1, *shape), shape)
+    return [mask, g.op("Sigmoid", [g.name(op.score)])] if op.p.uses else [mask]
 
 
 @dataclass(frozen=True)
@@ -33,12 +39,10 @@ class Bounds:
     """What decides besides scores, for all gates of a function at once.
 
     Attributes:
-        bias: f32[1, B, 1].
         thresholds: f32[1, B, T] by gate; no score is above that of a token which must not run.
         floors: i64[1, B, T] by gate: a token that executed no more layers runs.
     """
 
-    bias: str
     thresholds: dict[ops.DepthGate, str]
     floors: dict[ops.DepthGate, str]
 
@@ -74,16 +78,24 @@ def _bounds(g: Graph, op: ops.DepthGate) -> Bounds:
         floor = g.op("Where", [first, g.const(MOST), floor])
     ruled = g.op("Where", [forced, g.const(MOST), g.const(-1)])
     floor = g.op("Where", [valid, g.op("Where", [free, floor, ruled]), g.const(-1)])
-    threshold = column([gate.threshold for gate in gates], F32)
+    threshold = column([logit(gate.threshold) for gate in gates], F32)
+    bias = g.op("Reshape", [g.name(op.bias), g.const([1, -1, 1])])
+    threshold = g.op("Sub", [threshold, bias])
     open_ = g.op("And", [valid, free])
     threshold = g.op("Where", [open_, threshold, g.const(np.inf, F32)])
     known = Bounds(
-        g.op("Reshape", [g.name(op.bias), g.const([1, -1, 1])]),
         dict(zip(gates, _each(g, threshold, len(gates)), strict=True)),
         dict(zip(gates, _each(g, floor, len(gates)), strict=True)),
     )
     g.memo["bounds", *told] = known
     return known
+
+
+def logit(p: float) -> float:
+    """The score whose sigmoid is p; infinite at 0 and at 1."""
+    if not 0 < p < 1:
+        return -math.inf if p <= 0 else math.inf
+    return math.log(p) - math.log1p(-p)
 
 
 def _each(g: Graph, x: str, count: int) -> list[str]:

@@ -46,7 +46,18 @@ def _iota(g: Graph, op: ops.Iota) -> list[str]:
 
 
 def _cast(g: Graph, op: ops.Cast) -> list[str]:
+    shape = op.x.shape
+    if lead := g.lead(g.name(op.x), shape, make=False):
+        return [g.viewed(g.op("Cast", [lead], to=ELEMENT[op.to]), (1, *shape), shape)]
     return [g.op("Cast", [g.name(op.x)], to=ELEMENT[op.to])]
+
+
+def _add(g: Graph, op: ops.Add) -> list[str]:
+    names, shape = [g.name(v) for v in op.operands], op.y.shape
+    leads = [g.lead(name, shape, make=False) for name in names]
+    if all(leads) and op.a.shape == op.b.shape:
+        return [g.viewed(g.op("Add", leads), (1, *shape), shape)]
+    return [g.op("Add", names)]
 
 
 def _silu(g: Graph, op: ops.SiLU) -> list[str]:
@@ -67,6 +78,8 @@ def _not_equal(g: Graph, op: ops.Ne) -> list[str]:
 
 
 def _reshape(g: Graph, op: ops.Reshape) -> list[str]:
+    if op.shape == (1, *op.x.shape):
+        return [g.lead(g.name(op.x), op.x.shape)]
     return [g.reshape(g.name(op.x), op.x.shape, op.shape)]
 
 
@@ -122,6 +135,9 @@ def _gather(g: Graph, op: ops.Gather) -> list[str]:
 def _reduce(kind: str) -> Emit:
     def emit(g: Graph, op: ops.Reduce) -> list[str]:
         x, axes = g.name(op.x), g.const(list(op.dims))
+        if not op.keep and len(op.dims) == op.x.type.rank:  # over all, whatever their shape
+            x = g.lead(x, op.x.shape, make=False) or x
+            return [g.op(kind, [x], keepdims=0)]
         return [g.op(kind, [x, axes], keepdims=int(op.keep), noop_with_empty_axes=1)]
 
     return emit
@@ -161,7 +177,7 @@ EMIT: dict[type[Op], Emit] = {
     ops.Sigmoid: _same("Sigmoid"),
     ops.ReLU: _by_row("Relu"),
     ops.Not: _same("Not"),
-    ops.Add: _same("Add"),
+    ops.Add: _add,
     ops.Sub: _same("Sub"),
     ops.Mul: _same("Mul"),
     ops.Div: _same("Div"),

@@ -229,6 +229,19 @@ class Graph:
             self.memo["source", y] = (x, tuple(old))
         return y
 
+    def lead(self, x: str, shape: Sequence[Dim], *, make: bool = True) -> str:
+        """X with one more dimension of size 1 in front; empty if nobody made it and `make` is off.
+
+        What gates decide is made so, for all gates are stacked in the end.
+        """
+        source, dims = self.remember(("source", x)) or ("", None)
+        if dims == (1, *shape):
+            return source
+        known = self.remember(("lead", x))
+        if known is None and make:
+            known = self.memo["lead", x] = self.op("Reshape", [x, self.shape((1, *shape))])
+        return known or ""
+
     def arm(self, prefix: str) -> Graph:
         """An arm of a conditional."""
         return Graph(self.shared, prefix, self)

@@ -32,7 +32,8 @@ class OrtCache:
 
     Attributes:
         slots: of each buffer.
-        bindings: past and present bound to the buffers, by the runner that did it.
+        bindings: past and present bound to the buffers, and the other inputs that are bound, by
+            the runner that did it.
     """
 
     batch: int
@@ -106,6 +107,7 @@ class OrtRunner(Runner):
             str(path), settings, providers=["CPUExecutionProvider"]
         )
         self._inputs = {node.name for node in self._session.get_inputs()}
+        self._takes_length = "kv_len" in self._inputs
         self._outputs = [node.name for node in self._session.get_outputs()]
         self._told = {
             name: place
@@ -132,14 +134,16 @@ class OrtRunner(Runner):
         if not isinstance(cache, OrtCache):
             raise InternalError("a cache of another runner")
         cache.reserve(inputs["input_ids"].shape[1])
-        binding = cache.bindings.get(self)
-        if binding is None:
-            binding = cache.bindings[self] = self._bound(cache)
+        known = cache.bindings.get(self)
+        if known is None:
+            known = cache.bindings[self] = (self._bound(cache), {})
+        binding, bound = known
+        if self._takes_length:
+            inputs = {**inputs, "kv_len": cache.length}
         for name, array in inputs.items():
-            if name in self._inputs:
+            if bound.get(name) is not array and name in self._inputs:
                 binding.bind_cpu_input(name, np.ascontiguousarray(array))
-        if "kv_len" in self._inputs:
-            binding.bind_cpu_input("kv_len", cache.length)
+                bound[name] = array if array.flags.c_contiguous else None
         for name in self._told:  # bound anew, or the buffers of the last call would be written
             binding.bind_output(name, "cpu")
         self._session.run_with_iobinding(binding)
