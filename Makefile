@@ -8,7 +8,7 @@ PROMPT ?= The with statement
 JOBS ?= 2
 export TORCH_CPP_LOG_LEVEL = ERROR
 
-.PHONY: help demo test test-slow lint format bench bench-llama train-sample clean
+.PHONY: help demo test test-slow lint format bench bench-peers train-sample clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## */\t/' | expand -t 16
@@ -42,12 +42,12 @@ format: $(VENV)/installed ## let ruff rewrite the code
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-bench: $(VENV)/installed ## how decode time follows the layers that run
-	$(BIN)/python bench/decode_depth.py
+bench: $(VENV)/installed ## our engines beside those peers that are installed (an hour)
+	mkdir -p build
+	$(BIN)/python -m bench.suite --json build/bench.json
 
-bench-llama: $(VENV)/installed ## decoding at 4 and 8 bits beside llama.cpp, which is compiled first
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[llama]'
-	$(BIN)/python bench/beside_llama.py
+bench-peers: $(VENV)/installed ## install the other peers; llama.cpp is compiled for this processor
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[bench]'
 
 train-sample: $(VENV)/installed ## train samples/tiny-liquid anew (20 minutes)
 	$(BIN)/python samples/train_tiny.py --force

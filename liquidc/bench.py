@@ -9,6 +9,7 @@ over the same number of tokens.
 from __future__ import annotations
 
 import math
+import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -120,16 +121,18 @@ def interval(samples: Sequence[float]) -> tuple[float, float]:
     return ordered[low], ordered[high]
 
 
-def read_bandwidth(size: int = 512 * 1024 * 1024) -> float:
+def read_bandwidth(size: int = 1024 * 1024 * 1024) -> float:
     """Bytes per second at which all cores read memory that is in no cache; the best of five."""
     import torch
 
-    data = torch.ones(size // 4)
+    data, threads = torch.ones(size // 4), torch.get_num_threads()
+    torch.set_num_threads(len(os.sched_getaffinity(0)))
     best = math.inf
     for _ in range(5):
         start = time.perf_counter()
         data.sum()
         best = min(best, time.perf_counter() - start)
+    torch.set_num_threads(threads)
     return size / best
 
 

@@ -62,6 +62,11 @@ def available_memory() -> int:
     return int(found[0]) * 1024 if found else 1 << 62
 
 
+def resident_memory() -> int:
+    """Bytes of this process in memory now; what it mapped counts where it was touched."""
+    return _status("VmRSS") or _peak()
+
+
 def _reset_peak() -> None:
     try:
         _CLEAR.write_text("5")
@@ -70,13 +75,17 @@ def _reset_peak() -> None:
 
 
 def _peak() -> int:
+    return _status("VmHWM") or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def _status(name: str) -> int:
+    """Bytes that the kernel tells under a name; 0 where it does not."""
     try:
-        for line in _STATUS.read_text().splitlines():
-            if line.startswith("VmHWM:"):
-                return int(line.split()[1]) * 1024
+        lines = _STATUS.read_text().splitlines()
     except OSError:
-        pass
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        return 0
+    found = [line.split()[1] for line in lines if line.startswith(f"{name}:")]
+    return int(found[0]) * 1024 if found else 0
 
 
 def _moved() -> tuple[int, int]:

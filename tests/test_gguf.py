@@ -1,4 +1,4 @@
-"""The files that `bench/beside_llama.py` gives to llama.cpp hold the shapes of the liquid model."""
+"""The files that `make bench` gives to llama.cpp hold the shapes of the liquid model."""
 
 from __future__ import annotations
 

@@ -82,7 +82,7 @@ def applies(row: Row, case: Case) -> bool:
     if case.batch > 1 and "llama" in row.contender:
         return False
     if case.kind == "prefill":
-        return row.level in ("100 %", "learnt", "0 %") and row.contender != "liquidc int8"
+        return row.level in ("100 %", "learnt", "0 %") and row.reference != "liquidc int8"
     return not row.optional or case == CASES[0]
 
 

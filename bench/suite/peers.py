@@ -151,8 +151,48 @@ class Compiled(Eager):
         self.timed = self.torch.compile(self.model)
 
 
-class PlainExport(Peer):
-    """`torch.onnx.export` of the model without ifs, in ONNX Runtime; caches stay OrtValues."""
+class Exported(Peer):
+    """A file of `torch.onnx.export`: caches go in and come out, one slot longer."""
+
+    def __init__(self, path: Path, threads: int, capacity: int) -> None:
+        super().__init__(path, threads, capacity)
+        self.gates = 0
+        self.held: dict[str, Any] = {}
+
+    @abstractmethod
+    def run(self, ids: Any, force: list[int], past: list[Any]) -> list[Any]:
+        """Logits and caches."""
+
+    @abstractmethod
+    def empty(self, batch: int) -> list[Any]:
+        """Caches of no token."""
+
+    @abstractmethod
+    def array(self, logits: Any) -> Logits:
+        """What came out, as numpy has it."""
+
+    def fill(self, tokens: list[list[int]]) -> None:
+        """See `Peer`."""
+        name = str(tokens)
+        if name not in self.held:
+            ids, past = np.array(tokens), self.empty(len(tokens))
+            for start in range(0, ids.shape[1], CHUNK):
+                past = self.run(ids[:, start : start + CHUNK], [1] * self.gates, past)[1:]
+            self.held = {name: past}
+        self.past = self.held[name]
+
+    def step(self, tokens: list[int], force: list[int]) -> Logits:
+        """See `Peer`."""
+        logits, *self.past = self.run([[token] for token in tokens], force, self.past)
+        return self.array(logits)
+
+    def prefill(self, tokens: list[int], force: list[int]) -> Logits:
+        """See `Peer`."""
+        return self.array(self.run([tokens], force, self.empty(1))[0])
+
+
+class PlainExport(Exported):
+    """The file in ONNX Runtime; caches stay OrtValues."""
 
     def __init__(self, path: Path, threads: int, capacity: int) -> None:
         super().__init__(path, threads, capacity)
@@ -162,21 +202,21 @@ class PlainExport(Peer):
         settings.intra_op_num_threads = threads
         settings.log_severity_level = 3
         settings.add_session_config_entry("session.force_spinning_stop", "1")
-        self.ort: Any = onnxruntime
+        self.value: Any = onnxruntime.OrtValue.ortvalue_from_numpy
         self.session: Any = onnxruntime.InferenceSession(
             str(path), settings, providers=["CPUExecutionProvider"]
         )
-        self.inputs = [node.name for node in self.session.get_inputs()]
+        inputs = self.session.get_inputs()
+        self.inputs = [node.name for node in inputs]
         self.outputs = [node.name for node in self.session.get_outputs()]
-        self.shape = self.session.get_inputs()[-1].shape
-        self.gates = self.session.get_inputs()[1].shape[0] if "force" in self.inputs else 0
-        self.held: dict[str, Any] = {}
+        self.shape = inputs[-1].shape
+        self.gates = inputs[1].shape[0] if self.inputs[1] == "force" else 0
 
-    def _run(self, ids: Any, force: list[int], past: list[Any]) -> list[Any]:
-        value = self.ort.OrtValue.ortvalue_from_numpy
-        given = [value(np.array(ids, np.int64))]
+    def run(self, ids: Any, force: list[int], past: list[Any]) -> list[Any]:
+        """See `Exported`."""
+        given = [self.value(np.array(ids, np.int64))]
         if self.gates:
-            given.append(value(np.array(force, np.int64)))
+            given.append(self.value(np.array(force, np.int64)))
         binding = self.session.io_binding()
         for name, array in zip(self.inputs, [*given, *past], strict=True):
             binding.bind_ortvalue_input(name, array)
@@ -185,41 +225,23 @@ class PlainExport(Peer):
         self.session.run_with_iobinding(binding)
         return binding.get_outputs()
 
-    def _empty(self, batch: int) -> list[Any]:
-        shape = (batch, self.shape[1], 0, self.shape[3])
-        count = len(self.outputs) - 1
-        none = np.zeros(shape, np.float32)
-        return [self.ort.OrtValue.ortvalue_from_numpy(none) for _ in range(count)]
+    def empty(self, batch: int) -> list[Any]:
+        """See `Exported`."""
+        none = np.zeros((batch, self.shape[1], 0, self.shape[3]), np.float32)
+        return [self.value(none) for _ in self.outputs[1:]]
 
-    def fill(self, tokens: list[list[int]]) -> None:
-        """See `Peer`."""
-        name = str(tokens)
-        if name not in self.held:
-            ids, past = np.array(tokens), self._empty(len(tokens))
-            for start in range(0, ids.shape[1], CHUNK):
-                part = ids[:, start : start + CHUNK]
-                past = self._run(part, [1] * self.gates, past)[1:]
-            self.held = {name: past}
-        self.past = self.held[name]
-
-    def step(self, tokens: list[int], force: list[int]) -> Logits:
-        """See `Peer`."""
-        logits, *self.past = self._run([[token] for token in tokens], force, self.past)
+    def array(self, logits: Any) -> Logits:
+        """See `Exported`."""
         return logits.numpy()
 
-    def prefill(self, tokens: list[int], force: list[int]) -> Logits:
-        """See `Peer`."""
-        return self._run([tokens], force, self._empty(1))[0].numpy()
 
-
-class OpenVino(Peer):
-    """The same exported file in OpenVINO, in float32."""
+class OpenVino(Exported):
+    """The same file in OpenVINO, in float32; caches are copied out, as its results are reused."""
 
     def __init__(self, path: Path, threads: int, capacity: int) -> None:
         super().__init__(path, threads, capacity)
         import openvino
 
-        self.openvino: Any = openvino
         hints = {
             "INFERENCE_PRECISION_HINT": "f32",
             "KV_CACHE_PRECISION": "f32",
@@ -231,12 +253,11 @@ class OpenVino(Peer):
         self.shape = compiled.inputs[-1].get_partial_shape()
         self.count = len(compiled.outputs)
         self.request: Any = compiled.create_infer_request()
-        self.gates = 0
         if "force" in self.inputs:
             self.gates = compiled.inputs[self.inputs.index("force")].shape[0]
-        self.held: dict[str, Any] = {}
 
-    def _run(self, ids: Any, force: list[int], past: list[Any]) -> list[Any]:
+    def run(self, ids: Any, force: list[int], past: list[Any]) -> list[Any]:
+        """See `Exported`."""
         names = [name for name in self.inputs if name not in ("ids", "force")]
         given = dict(zip(names, past, strict=True)) | {"ids": np.array(ids, np.int64)}
         if self.gates:
@@ -244,29 +265,14 @@ class OpenVino(Peer):
         self.request.infer(given, share_inputs=True)
         return [np.array(self.request.get_output_tensor(i).data) for i in range(self.count)]
 
-    def _empty(self, batch: int) -> list[Any]:
+    def empty(self, batch: int) -> list[Any]:
+        """See `Exported`."""
         shape = (batch, self.shape[1].get_length(), 0, self.shape[3].get_length())
         return [np.zeros(shape, np.float32) for _ in range(self.count - 1)]
 
-    def fill(self, tokens: list[list[int]]) -> None:
-        """See `Peer`."""
-        name = str(tokens)
-        if name not in self.held:
-            ids, past = np.array(tokens), self._empty(len(tokens))
-            for start in range(0, ids.shape[1], CHUNK):
-                part = ids[:, start : start + CHUNK]
-                past = self._run(part, [1] * self.gates, past)[1:]
-            self.held = {name: past}
-        self.past = self.held[name]
-
-    def step(self, tokens: list[int], force: list[int]) -> Logits:
-        """See `Peer`."""
-        logits, *self.past = self._run([[token] for token in tokens], force, self.past)
+    def array(self, logits: Any) -> Logits:
+        """See `Exported`."""
         return logits
-
-    def prefill(self, tokens: list[int], force: list[int]) -> Logits:
-        """See `Peer`."""
-        return self._run([tokens], force, self._empty(1))[0]
 
 
 class Llama(Peer):

@@ -12,6 +12,8 @@ from typing import Any
 
 import numpy as np
 
+from liquidc.measure import resident_memory
+
 WARM_UP = 2
 """Steps of a turn that are not counted."""
 
@@ -106,14 +108,14 @@ def _serve(pipe: Connection, kind: str, path: Path, threads: int, capacity: int)
 
     try:
         peer = KINDS[kind](path, threads, capacity)
-        pipe.send(_resident())
+        pipe.send(resident_memory())
     except Exception as error:
         pipe.send(f"{type(error).__name__}: {error}".splitlines()[0])
         return
     while (asked := pipe.recv()) != "end":
         try:
             if asked == "memory":
-                pipe.send(_resident())
+                pipe.send(resident_memory())
             elif isinstance(asked, Prefill):
                 start = time.perf_counter()
                 logits = peer.prefill(asked.tokens, asked.force)
@@ -136,10 +138,3 @@ def _decode(peer: Any, asked: Decode) -> Timed:
         sizes.append(peer.touched())
     known = [size for size in sizes[WARM_UP:] if size is not None]
     return Timed(seconds[WARM_UP:], known, np.array(logits))
-
-
-def _resident() -> int:
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith("VmRSS:"):
-            return int(line.split()[1]) * 1024
-    return 0
