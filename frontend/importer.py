@@ -10,6 +10,7 @@ import re
 import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -17,6 +18,7 @@ import sympy
 import torch
 from torch import fx, nn
 from torch.fx.traceback import annotate_fn, preserve_node_meta
+from torch.utils.weak import WeakIdKeyDictionary
 
 from liquidc.errors import UnsupportedError
 from liquidc.ir import Block, Dim, DType, Location, Module, Op, TensorType, Value, ops
@@ -41,6 +43,9 @@ Import = Callable[["Importer", fx.Node], Any]
 
 _ASSERTIONS = ("aten._assert_scalar.default", "aten._assert_tensor_metadata.default")
 """Checks that the tracer adds for sizes and dtypes, which the verifier makes again."""
+
+_SIZES = WeakIdKeyDictionary()
+"""Shapes of traced tensors, which take long to read and are read again for every layer alike."""
 
 _PICKS = ("<built-in function getitem>",)
 """Operators whose traced shape may name sizes anew (results of `torch.cond`)."""
@@ -189,7 +194,10 @@ class Importer:
         """
         if fake.dtype not in DTYPES:
             raise UnsupportedError(f"tensors of {fake.dtype} are not supported")
-        return TensorType(DTYPES[fake.dtype], self.shape(fake.shape))
+        sizes = _SIZES.get(fake)
+        if sizes is None:
+            sizes = _SIZES[fake] = tuple(fake.shape)
+        return TensorType(DTYPES[fake.dtype], self.shape(sizes))
 
     def shape(self, sizes: Sequence[Any]) -> tuple[Dim, ...]:
         """Sizes and symbols as IR dimensions."""
@@ -199,19 +207,12 @@ class Importer:
         """A size: an int, or a symbol or product of symbols by its name."""
         if isinstance(size, int):
             return size
-        expr = sympy.sympify(size.node.expr if isinstance(size, torch.SymInt) else size)
-        if expr.is_Integer:
-            return int(expr)
-        factors = [f for f in expr.args] if expr.is_Mul else [expr]
-        dims: list[Dim] = []
-        for factor in factors:
-            if factor.is_Integer:
-                dims.append(int(factor))
-            elif str(factor) in self.dims:
-                dims.append(self.dims[str(factor)])
-            else:
-                raise UnsupportedError(f"the size {expr} is no product of the inputs' dimensions")
-        return product(dims)
+        expr = size.node.expr if isinstance(size, torch.SymInt) else sympy.sympify(size)
+        factors = _factors(expr)
+        if any(isinstance(factor, str) and factor not in self.dims for factor in factors):
+            raise UnsupportedError(f"the size {expr} is no product of the inputs' dimensions")
+        named = [self.dims[f] if isinstance(f, str) else f for f in factors]
+        return named[0] if len(named) == 1 else product(named)
 
     def scalar(self, value: float | bool, dtype: DType) -> Value:
         """A constant without dimensions."""
@@ -314,6 +315,14 @@ def traced(function: Callable[..., R]) -> Callable[..., R]:
     return annotate_fn({})(function)
 
 
+@lru_cache(maxsize=4096)
+def _factors(expr: Any) -> tuple[Dim, ...]:
+    """The numbers and names of symbols whose product a size is."""
+    factors = expr.args if expr.is_Mul else (expr,)
+    return tuple(int(f) if f.is_Integer else str(f) for f in factors)
+
+
+@lru_cache(maxsize=4096)  # the ops of a layer are imported again for every layer that is alike
 def source_line(stack: str | None) -> tuple[Location, str] | None:
     """The innermost line of the model in a formatted stack, and its code."""
     frames = list(_FRAME.finditer(stack or ""))

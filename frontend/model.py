@@ -99,6 +99,8 @@ class LiquidForCausalLM(nn.Module):
 
     def reset_parameters(self) -> None:
         """Normal weights of standard deviation `initializer_range`, zero biases, unit norms."""
+        if self.model.norm.weight.is_meta:
+            return
         for module in self.modules():
             if isinstance(module, nn.Linear | nn.Embedding | Experts):
                 for name, parameter in module.named_parameters(recurse=False):
