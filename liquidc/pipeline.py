@@ -166,7 +166,7 @@ def compile_model(
         manifest = run.everything()
         resumed = writer.journal.resumed
         with measured() as took:
-            manifest = writer.commit(manifest, _build_log(opened, run.times, resumed))
+            manifest = writer.commit(manifest, _build_log(opened, run.times, resumed, run.ops))
         run.times.append(StageTime.of("commit", took))
     return Compiled(writer.output, manifest, tuple(run.times), run.statistics, resumed)
 
@@ -188,6 +188,7 @@ class _Run:
         default_factory=list[tuple[str, "Module", "Module"]]
     )
     dumped: int = 0
+    ops: int = 0
 
     def __post_init__(self) -> None:
         self.passes = self.plan.passes
@@ -206,6 +207,7 @@ class _Run:
                 traced = self._read(start[1])
             else:
                 traced = self._timed("trace", self._trace)
+            self.ops = sum(1 for _ in traced.walk())
             lossy = Lossy(self.options, self.model, self.plan.passes, context, self.progress.part)
             if lossy.calibrates:
                 context = replace(context, calibration=lossy.calibration(traced, self.source))
@@ -414,8 +416,8 @@ def _held_out(origin: Path | None) -> dict[str, str]:
     return {} if path is None or not path.is_file() else {path.name: sha256_file(path)}
 
 
-def _build_log(model: ModelInput, stages: Sequence[StageTime], resumed: int) -> bytes:
-    """What differs from run to run, and is therefore no part of the engine."""
+def _build_log(model: ModelInput, stages: Sequence[StageTime], resumed: int, ops: int) -> bytes:
+    """What differs from run to run, and is therefore no part of the engine; ops were traced."""
     return canonical(
         {
             "schema": SCHEMA,
@@ -426,6 +428,7 @@ def _build_log(model: ModelInput, stages: Sequence[StageTime], resumed: int) -> 
             "seconds": sum(stage.seconds for stage in stages),
             "peak_rss_bytes": max(stage.peak_rss_bytes for stage in stages),
             "bytes_resumed": resumed,
+            "ops": ops,
             "stages": [asdict(stage) for stage in stages],
         }
     )

@@ -26,6 +26,7 @@ from typing import Any
 import numpy as np
 
 from bench.shapes import SHAPES
+from bench.suite import compiles
 from bench.suite.cases import BOUNDS, CASES, Case, Row, applies, forces, rows
 from bench.suite.contenders import Builder, Built
 from bench.suite.workers import WARM_UP, Decode, Prefill, Timed, Worker
@@ -243,21 +244,37 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=8, help="steps of a turn (default 8)")
     parser.add_argument("--vocabulary", type=int, default=256, help="of random models")
     parser.add_argument("--threads", type=int, default=machine()["cores"])
+    parser.add_argument("--compiles", type=int, default=5, help="turns of compiles (default 5)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", type=Path, metavar="FILE", help="where the figures go")
     options = parser.parse_args()
     cases = [CASES[i] for i in options.case or range(len(CASES))]
     found: list[dict[str, Any]] = []
+    chosen = {k: v for k, v in vars(options).items() if k != "json"}
+    document = {"machine": machine(), "versions": versions(), "options": chosen, "found": found}
+
+    def write() -> None:
+        if options.json:
+            options.json.write_text(json.dumps(document, indent=1) + "\n")
+
     for shape in options.shape or SHAPES:
         for policy in options.policy or ["drop", "own"]:
             if shape == "sample" and policy == "drop":
                 continue  # the sample was trained with the policy own
             found.append(measure(shape, policy, options.vocabulary, cases, options))
-            if options.json:
-                chosen = {k: v for k, v in vars(options).items() if k != "json"}
-                document = {"machine": machine(), "versions": versions(), "options": chosen}
-                document |= {"found": found}
-                options.json.write_text(json.dumps(document, indent=1) + "\n")
+            write()
+    document["compiles"] = None
+    if options.compiles:
+        say("compiles of 8 and 32 layers")
+        with tempfile.TemporaryDirectory(prefix="bench-") as scratch:
+            document["compiles"] = compiles.measure(Path(scratch), options.compiles)
+        models = {
+            f"{told['shape']}, {told['policy']}: {name}": log
+            for told in found
+            for name, log in told["compiles"].items()
+        }
+        compiles.show(document["compiles"], models)
+        write()
     print(f"\n{json.dumps(machine())}\n{json.dumps(versions())}")
 
 

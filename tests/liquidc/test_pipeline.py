@@ -82,6 +82,7 @@ def test_no_file_names_this_machine(null_engine: Path, model_directory: Path) ->
         "seal",
     ]
     assert all(stage["peak_rss_bytes"] > 1e7 for stage in log["stages"])
+    assert log["ops"] > 100
 
 
 def test_the_manifest_tells_the_model(null_engine: Path) -> None:
