@@ -304,8 +304,7 @@ def _with_append(g: Graph, op: ops.Attend | ops.AttendRows) -> str:
         inputs.append(pad(g, x, key.mask) if compact else x)
     inputs += [""] * (3 - len(inputs))
     where = ragged(g, key.mask)
-    start = g.op("Reshape", [g.name(key.length), g.const([-1, 1])])
-    start = g.op("Cast", [start], to=I32)
+    start = _start(g, key.length)
     last = g.op("Max", [g.op("Add", [start, where.before]), g.const(0, np.int32)])
     capacity = g.op("Squeeze", [g.op("Cast", [g.size(key.cache.shape[2])], to=I32), g.const([0])])
     turned: dict[str, Any] = {}
@@ -347,6 +346,25 @@ def _with_append(g: Graph, op: ops.Attend | ops.AttendRows) -> str:
     if compact:
         return unpad(g, out, key.mask, op.y.shape)
     return g.op("Reshape", [out, g.const([0, 0, heads, width])])
+
+
+def _start(g: Graph, length: Value) -> str:
+    """Slots taken before an append, i32[B, 1]; those of all layers are made ready at once."""
+    cut = _content(length).op
+    if not isinstance(cut, ops.Slice) or cut.x.op is not None or cut.dim or cut.x.type.rank != 2:
+        return g.op("Cast", [g.op("Reshape", [g.name(length), g.const([-1, 1])])], to=I32)
+    parts = g.remember(("starts", cut.x))
+    if parts is None:
+        root = g.root()
+        count = sizes(cut.x.shape[:1])[0]
+        every = root.op("Cast", [root.name(cut.x)], to=I32)
+        if count == 1:
+            parts = [root.op("Reshape", [every, root.const([-1, 1])])]
+        else:
+            every = root.op("Transpose", [every], perm=[1, 0])
+            parts = root.op("Split", [every], count, axis=1, num_outputs=count)
+        root.memo["starts", cut.x] = parts
+    return parts[cut.start]
 
 
 def _rotation(q: Value, k: Value) -> tuple[ops.Rope, ops.Rope] | None:

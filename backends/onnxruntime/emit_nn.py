@@ -8,7 +8,7 @@ import torch
 from liquidc.backends.onnxruntime.emit_quantised import product
 from liquidc.backends.onnxruntime.emit_tensor import Emit
 from liquidc.backends.onnxruntime.graph import Graph
-from liquidc.ir import Op, ops
+from liquidc.ir import DType, Op, ops
 from liquidc.ir.rotary import Scaling, rates
 from liquidc.ir.weights import sizes
 
@@ -37,9 +37,36 @@ def _scale(g: Graph, op: ops.RMSNorm | ops.LayerNorm) -> str:
 
 
 def _rms_norm(g: Graph, op: ops.RMSNorm) -> list[str]:
+    """RMSNormalization, with the addition before it if there is one."""
+    if (joined := _after_add(g, op)) is not None:
+        return [joined]
     x = g.flat(g.name(op.x), op.x.shape) if op.x.type.rank == 3 else g.name(op.x)
     y = g.op("RMSNormalization", [x, _scale(g, op)], axis=-1, epsilon=op.eps)
     return [g.unflat(y, op.y.shape) if op.x.type.rank == 3 else y]
+
+
+def _after_add(g: Graph, op: ops.RMSNorm) -> str | None:
+    """The addition and the norm as one node in the place of the addition."""
+    add = op.x.op
+    if not isinstance(add, ops.Add) or add.parent is not op.parent or op.x.dtype is not DType.F32:
+        return None
+    if add.a.shape != add.b.shape or op.x.type.rank not in (2, 3):
+        return None
+    total = g.name(op.x)
+    at = next((i for i, node in enumerate(g.nodes) if total in node.output), None)
+    if at is None or g.nodes[at].op_type != "Add":
+        return None
+    later, g.nodes = g.nodes[at + 1 :], g.nodes[:at]
+    a, b = (g.name(value) for value in (add.a, add.b))
+    y = g.shared.unique(f"{g.prefix}/norm:out" if g.prefix else "norm:out")
+    g.contrib(
+        "SkipSimplifiedLayerNormalization",
+        [a, b, _scale(g, op)],
+        outputs=[y, "", "", total],
+        epsilon=op.eps,
+    )
+    g.nodes += later
+    return y
 
 
 def _layer_norm(g: Graph, op: ops.LayerNorm) -> list[str]:

@@ -242,6 +242,13 @@ class Graph:
             known = self.memo["lead", x] = self.op("Reshape", [x, self.shape((1, *shape))])
         return known or ""
 
+    def root(self) -> Graph:
+        """The model's graph, which every arm sees."""
+        graph = self
+        while graph.parent is not None:
+            graph = graph.parent
+        return graph
+
     def arm(self, prefix: str) -> Graph:
         """An arm of a conditional."""
         return Graph(self.shared, prefix, self)

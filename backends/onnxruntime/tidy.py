@@ -99,7 +99,7 @@ def _key(node: onnx.NodeProto) -> Key:
 
 def _name_outputs(graph: onnx.GraphProto) -> None:
     """Let what goes to a result through Identity have the result's name."""
-    made = {name for node in graph.node for name in node.output}
+    made = {name for node in graph.node for name in node.output} - {""}  # left out
     results = {output.name for output in graph.output}
     names: dict[str, str] = {}
     kept: list[onnx.NodeProto] = []
@@ -255,4 +255,4 @@ def _reads(node: onnx.NodeProto) -> set[str]:
     """What a node and its arms read."""
     inner = (_reads(each) for arm in arms(node) for each in arm.node)
     outs = {output.name for arm in arms(node) for output in arm.output}
-    return set(node.input).union(outs, *inner)
+    return set(node.input).union(outs, *inner) - {""}

@@ -29,6 +29,7 @@ from liquidc.passes import (
     specialize_decode,
     speculate,
     stack_experts,
+    stack_results,
     token_rows,
 )
 from tests.generator.check import STEPS, check
@@ -283,6 +284,12 @@ def forgets_what_skipped_tokens_hold(patch: Patch) -> None:
     patch.setattr(
         token_rows.Side, "simple", lambda self, value: 0 if self.known else right(self, value)
     )
+
+
+@mutation("stack-results")
+def stacks_in_reverse(patch: Patch) -> None:
+    right = stack_results._stack
+    patch.setattr(stack_results, "_stack", lambda values, rw: right(values[::-1], rw))
 
 
 @pytest.mark.slow
