@@ -10,6 +10,7 @@ from onnx import helper
 
 from liquidc.backends.base import Choices
 from liquidc.backends.onnxruntime import (
+    emit_attend,
     emit_cache,
     emit_experts,
     emit_nn,
@@ -33,7 +34,7 @@ from liquidc.ir.experts import layers_of_experts
 from liquidc.ir.types import dim_names
 from liquidc.ir.weights import WeightExpr, byte_size, sizes
 
-PARTS = (emit_tensor, emit_nn, emit_quantised, emit_route, emit_experts, emit_cache)
+PARTS = (emit_tensor, emit_nn, emit_quantised, emit_route, emit_experts, emit_cache, emit_attend)
 EMIT = {kind: emit for part in PARTS for kind, emit in part.EMIT.items()}
 
 

@@ -1,23 +1,19 @@
-"""Caches, attention and compacted rows as ONNX nodes.
+"""Caches and compacted rows as ONNX nodes; `emit_attend` has what reads caches.
 
-An append and the attention over it become one GroupQueryAttention when the query's limit says just
-that; it writes in place when past and present are the same buffer. Everything else appends by
-TensorScatter and attends under a mask made from the limits.
+An append is a TensorScatter, which writes in place when past and present are the same buffer,
+unless the attention over it does it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, cast
 
 import numpy as np
 
-from liquidc.backends.onnxruntime.emit_nn import rope_tables
 from liquidc.backends.onnxruntime.emit_tensor import Emit
 from liquidc.backends.onnxruntime.graph import ELEMENT, Graph
 from liquidc.errors import UnsupportedError
-from liquidc.ir import Dim, DType, Op, Value, ops
+from liquidc.ir import DType, Op, Value, ops
 from liquidc.ir.weights import sizes
 
 I8 = ELEMENT[DType.I8]
@@ -42,10 +38,10 @@ def gather_rows(g: Graph, op: ops.GatherRows) -> list[str]:
         flat = g.flat(g.name(op.x), op.x.shape)
     else:
         flat = g.op("Reshape", [g.name(op.x), g.const([-1, *tail])])
-    return [g.op("GatherND", [flat, _places(g, op.rows)])]
+    return [g.op("GatherND", [flat, places(g, op.rows)])]
 
 
-def _places(g: Graph, rows: Value) -> str:
+def places(g: Graph, rows: Value) -> str:
     """Flat places as indices i64[N, 1]."""
     name = g.name(rows)
     return g.remember(("places", name)) or g.op("Unsqueeze", [name, g.const([1])])
@@ -57,7 +53,7 @@ def scatter_rows(g: Graph, op: ops.ScatterRows) -> list[str]:
     rows = len(tail) == 1
     base = g.name(op.base)
     flat = g.flat(base, op.base.shape) if rows else g.op("Reshape", [base, g.const([-1, *tail])])
-    y = g.op("ScatterND", [flat, _places(g, op.rows), g.name(op.update)])
+    y = g.op("ScatterND", [flat, places(g, op.rows), g.name(op.update)])
     return [g.unflat(y, op.y.shape) if rows else g.op("Reshape", [y, g.shape(op.y.shape)])]
 
 
@@ -105,18 +101,15 @@ def pad(g: Graph, x: str, mask: Value) -> str:
     return g.op("Gather", [x, ragged(g, mask).places], axis=0)
 
 
-def unpad(g: Graph, x: str, mask: Value, shape: Sequence[Dim]) -> str:
-    """[B, W, ...] as compacted rows of the shape [N, heads, width]."""
-    count, heads, width = shape
-    merged = heads * width if isinstance(heads, int) and isinstance(width, int) else -1
-    rows = g.op("Reshape", [x, g.const([-1, merged])])
-    rows = g.op("Compress", [rows, ragged(g, mask).taken], axis=0)
-    return g.viewed(rows, (count, merged), shape)
+def unpad(g: Graph, x: str, mask: Value, width: int) -> str:
+    """[B, W, ...] as compacted rows [N, width]."""
+    rows = g.op("Reshape", [x, g.const([-1, width])])
+    return g.op("Compress", [rows, ragged(g, mask).taken], axis=0)
 
 
 def is_prefix(mask: Value) -> bool:
     """Whether a mask only cuts off padding: `iota < lengths`."""
-    return isinstance(mask.op, ops.Lt) and isinstance(_content(mask.op.a).op, ops.Iota)
+    return isinstance(mask.op, ops.Lt) and isinstance(content(mask.op.a).op, ops.Iota)
 
 
 def fused_with(op: Appending) -> ops.Attend | ops.AttendRows | None:
@@ -152,15 +145,20 @@ def _sees_in_order(user: ops.Attend | ops.AttendRows, key: Appending) -> bool:
         limit = limit.op.x
     elif not isinstance(key, ops.Append) or not is_prefix(key.mask):
         return False
+    return counts_from(limit, key)
+
+
+def counts_from(limit: Value, key: Appending) -> bool:
+    """Whether a limit of every token is the append's length + its rank among what is appended."""
     if not isinstance(limit.op, ops.Add):
         return False
     for start, rank in ((limit.op.a, limit.op.b), (limit.op.b, limit.op.a)):
         if isinstance(rank.op, ops.CumSum) and isinstance(rank.op.x.op, ops.Cast):
-            return _content(start) is _content(key.length) and rank.op.x.op.x is key.mask
+            return content(start) is content(key.length) and rank.op.x.op.x is key.mask
     return False
 
 
-def _content(value: Value) -> Value:
+def content(value: Value) -> Value:
     """What a value holds, whatever its shape."""
     while isinstance(value.op, ops.Reshape):
         value = value.op.x
@@ -211,189 +209,18 @@ def _stored(g: Graph, new: str, scale: Value | None) -> str:
     """Entries [B, KV, T, hd] as a cache holds them: floats, or codes of a scale."""
     if scale is None:
         return new
-    steps = g.op("Round", [g.op("Div", [new, _scale(g, scale)])])
+    steps = g.op("Round", [g.op("Div", [new, cache_scale(g, scale)])])
     bounds = [g.const(value, np.float32) for value in (-128, 127)]
     return g.op("Cast", [g.op("Clip", [steps, *bounds])], to=I8)
 
 
-def _scale(g: Graph, scale: Value) -> str:
+def cache_scale(g: Graph, scale: Value) -> str:
     """A weight [KV, hd] that meets caches, [1, KV, 1, hd]."""
     if not isinstance(scale.op, ops.Weight):
         raise UnsupportedError(f"onnxruntime: the scale %{scale.name} of a cache is computed")
     name, expr = g.weight_expr(scale.op.weight)
     heads, width = expr.sizes
     return g.view(f"{name}.channels", expr, ELEMENT[DType.F32], [1, heads, 1, width])
-
-
-def attend(g: Graph, op: ops.Attend | ops.AttendRows) -> list[str]:
-    """GroupQueryAttention with its append, or Attention under a mask."""
-    key = op.key.op
-    if isinstance(key, Appending) and fused_with(key) is op:
-        return [_with_append(g, op)]
-    q, limit = g.name(op.q), g.name(op.limit)
-    if isinstance(op, ops.AttendRows):
-        q, limit = pad(g, q, op.mask), pad(g, limit, op.mask)
-    q = g.op("Transpose", [q], perm=[0, 2, 1, 3])
-    most = g.op("ReduceMax", [g.op("Reshape", [limit, g.const([-1])]), g.const([0])], keepdims=1)
-    most = g.op("Max", [most, g.const([1])])
-    keys, values = (g.name(v) for v in (op.key, op.value))
-    if isinstance(key, Appending) and is_passing(key):
-        most = g.op("Shape", [keys], start=2, end=3)
-    else:
-        bounds = [g.const([0]), most, g.const([2])]
-        keys, values = (g.op("Slice", [name, *bounds]) for name in (keys, values))
-    if op.key_scale is not None and op.value_scale is not None:
-        keys, values = (
-            g.op("Mul", [g.op("Cast", [codes], to=ELEMENT[DType.F32]), _scale(g, scale)])
-            for codes, scale in ((keys, op.key_scale), (values, op.value_scale))
-        )
-    slots = g.op("Range", [g.const(0), g.op("Squeeze", [most, g.const([0])]), g.const(1)])
-    limits = g.op("Unsqueeze", [limit, g.const([1, 3])])
-    mask = g.op("Less", [slots, limits])
-    if op.window or op.chunk:
-        first = g.op("Sub", [limits, g.const(op.window or 1)])
-        if op.chunk:
-            first = g.op("Mul", [g.op("Div", [first, g.const(op.chunk)]), g.const(op.chunk)])
-        mask = g.op("And", [mask, g.op("GreaterOrEqual", [slots, first])])
-    if op.sink is not None:
-        keys, values, mask = _with_sink(g, op.sink, keys, values, mask)
-    y = g.op("Attention", [q, keys, values, mask], scale=op.scale)
-    y = g.op("Transpose", [y], perm=[0, 2, 1, 3])
-    if isinstance(op, ops.AttendRows):
-        return [unpad(g, y, op.mask, op.y.shape)]
-    some = g.op("Unsqueeze", [g.op("Greater", [limit, g.const(0)]), g.const([2, 3])])
-    return [g.op("Where", [some, y, g.const(0.0, np.float32)])]
-
-
-def _with_sink(g: Graph, sink: Value, keys: str, values: str, mask: str) -> tuple[str, str, str]:
-    """One more slot of zeros, which the queries of mask [B, 1, T, S] see at their head's score."""
-    heads = sizes(sink.shape)[0]
-    low = g.const(np.finfo(np.float32).min, np.float32)
-    scores = g.op("Where", [mask, g.const(0.0, np.float32), low])
-    scores = g.op("Expand", [scores, g.const([1, heads, 1, 1])])
-    column = g.op("Reshape", [g.name(sink), g.const([1, heads, 1, 1])])
-    shape = g.op("Concat", [g.op("Shape", [mask], end=3), g.const([1])], axis=0)
-    scores = g.op("Concat", [scores, g.op("Expand", [column, shape])], axis=3)
-    one = [g.const([0]), g.const([1]), g.const([2])]
-    shape = g.op("Shape", [g.op("Slice", [keys, *one])])
-    empty = g.op("ConstantOfShape", [shape])
-    keys, values = (g.op("Concat", [slots, empty], axis=2) for slots in (keys, values))
-    return keys, values, scores
-
-
-def _with_append(g: Graph, op: ops.Attend | ops.AttendRows) -> str:
-    """Both appends and the attention; names the caches after what they append to."""
-    key, value = op.key.op, op.value.op
-    if not isinstance(key, Appending) or not isinstance(value, Appending):
-        raise TypeError("no pair of appends")
-    heads, width = sizes(op.q.shape[-2:])
-    kv = sizes(key.cache.shape[1:2])[0]
-    compact = isinstance(op, ops.AttendRows)
-    rotation = _rotation(op.q, key.new)
-    parts = [op.q, key.new, value.new]
-    if rotation is not None:
-        parts[:2] = [rope.x for rope in rotation]
-    whole = _joined(parts)
-    inputs: list[str] = []
-    for tensor in parts if whole is None else [whole]:
-        x = g.name(tensor)
-        count = sizes(tensor.shape[-1:])[0]
-        if tensor.type.rank == (3 if compact else 4):
-            count *= sizes(tensor.shape[-2:-1])[0]
-            x = g.op("Reshape", [x, g.const([-1, count] if compact else [0, 0, count])])
-        inputs.append(pad(g, x, key.mask) if compact else x)
-    inputs += [""] * (3 - len(inputs))
-    where = ragged(g, key.mask)
-    start = _start(g, key.length)
-    last = g.op("Max", [g.op("Add", [start, where.before]), g.const(0, np.int32)])
-    capacity = g.op("Squeeze", [g.op("Cast", [g.size(key.cache.shape[2])], to=I32), g.const([0])])
-    turned: dict[str, Any] = {}
-    tables = [""] * 3
-    if rotation is not None:
-        cos, sin, rows = rope_tables(g, rotation[0])
-        positions = g.name(rotation[0].positions)
-        tables = [cos, sin, pad(g, positions, key.mask) if compact else positions]
-        # No token lies beyond the context; buffers may.
-        capacity = g.op("Min", [capacity, g.const(rows, np.int32)])
-        turned["do_rotary"] = 1
-    if op.window:
-        turned["local_window_size"] = op.window
-    scales = [(scale and _scale(g, scale)) or "" for scale in (key.scale, value.scale)]
-    inputs += [g.name(key.cache), g.name(value.cache), last, capacity]
-    count = g.op("Reshape", [where.count, g.const([-1])])
-    sink = "" if op.sink is None else g.name(op.sink)
-    inputs += [*tables, "", sink, *scales, *[""] * 2, count]
-    codes: dict[str, Any] = {}
-    if all(scales):
-        codes = dict.fromkeys(("k_quant_type", "v_quant_type"), "PER_CHANNEL")
-        codes["kv_cache_bit_width"] = 8
-    caches = [
-        g.wanted.get(a.y) or g.shared.unique(f"{g.prefix}/{n}")
-        for a, n in ((key, "key"), (value, "value"))
-    ]
-    out = g.shared.unique(f"{g.prefix}/attention:out")
-    g.contrib(
-        "GroupQueryAttention",
-        inputs,
-        outputs=[out, *caches],
-        num_heads=heads,
-        kv_num_heads=kv,
-        scale=op.scale,
-        **codes,
-        **turned,
-    )
-    g.names[key.y], g.names[value.y] = caches
-    if compact:
-        return unpad(g, out, key.mask, op.y.shape)
-    return g.op("Reshape", [out, g.const([0, 0, heads, width])])
-
-
-def _start(g: Graph, length: Value) -> str:
-    """Slots taken before an append, i32[B, 1]; those of all layers are made ready at once."""
-    cut = _content(length).op
-    if not isinstance(cut, ops.Slice) or cut.x.op is not None or cut.dim or cut.x.type.rank != 2:
-        return g.op("Cast", [g.op("Reshape", [g.name(length), g.const([-1, 1])])], to=I32)
-    parts = g.remember(("starts", cut.x))
-    if parts is None:
-        root = g.root()
-        count = sizes(cut.x.shape[:1])[0]
-        every = root.op("Cast", [root.name(cut.x)], to=I32)
-        if count == 1:
-            parts = [root.op("Reshape", [every, root.const([-1, 1])])]
-        else:
-            every = root.op("Transpose", [every], perm=[1, 0])
-            parts = root.op("Split", [every], count, axis=1, num_outputs=count)
-        root.memo["starts", cut.x] = parts
-    return parts[cut.start]
-
-
-def _rotation(q: Value, k: Value) -> tuple[ops.Rope, ops.Rope] | None:
-    """The rotations of queries and keys, if the attention can do both: in heads of 16 · n."""
-    one, other = q.op, k.op
-    if not isinstance(one, ops.Rope) or not isinstance(other, ops.Rope):
-        return None
-    if sizes(q.shape[-1:])[0] % 16:
-        return None
-    alike = (one.positions, one.theta, one.scaling) == (
-        other.positions,
-        other.theta,
-        other.scaling,
-    )
-    return (one, other) if alike else None
-
-
-def _joined(parts: Sequence[Value]) -> Value | None:
-    """What queries, keys and values are slices of, one after the other and nothing else."""
-    cuts = [_content(value).op for value in parts]
-    end = 0
-    for cut in cuts:
-        if not isinstance(cut, ops.Slice) or cut.start != end:
-            return None
-        if cut.x is not cast(ops.Slice, cuts[0]).x or cut.dim != cut.x.type.rank - 1:
-            return None
-        end = cut.stop
-    whole = cast(ops.Slice, cuts[0]).x
-    return whole if end == whole.shape[-1] else None
 
 
 def _count(g: Graph, mask: Value) -> str:
@@ -413,7 +240,5 @@ EMIT: dict[type[Op], Emit] = {
     ops.TakeTokens: take_tokens,
     ops.Append: append,
     ops.AppendRows: append,
-    ops.Attend: attend,
-    ops.AttendRows: attend,
 }
 """Lowerings by op class."""

@@ -196,6 +196,8 @@ class Graph:
         source, dims = self.remember(("source", x)) or ("", None)
         if dims == tuple(new):
             return source
+        if dims is not None and len(dims) == 2 and len(new) == 3 and dims[-1] == new[-1]:
+            return self.unflat(source, new)
         same = 0
         while same < min(len(old), len(new)) and old[same] == new[same]:
             same += 1

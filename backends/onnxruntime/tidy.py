@@ -29,6 +29,7 @@ def tidy(graph: onnx.GraphProto) -> None:
     _lift(graph)
     _shorten(_Scope(graph))
     _drop_unused(graph)
+    _sink(graph)
     _drop_constants(graph)
 
 
@@ -241,6 +242,36 @@ def _drop_unused(graph: onnx.GraphProto) -> None:
             kept.append(node)
             wanted |= _reads(node)
     _set_nodes(graph, kept[::-1])
+
+
+def _sink(graph: onnx.GraphProto) -> None:
+    """Move what only one arm reads into it, where it is computed only when the arm runs."""
+    results = {output.name for output in graph.output}
+    here = (-1, -1)
+    readers: dict[str, set[tuple[int, int]]] = {name: {here} for name in results}
+    moved: dict[tuple[int, int], list[onnx.NodeProto]] = {}
+    kept: list[onnx.NodeProto] = []
+    for place, node in reversed(list(enumerate(graph.node))):
+        places = set[tuple[int, int]]().union(*(readers.get(out, ()) for out in node.output if out))
+        if not arms(node) and len(places) == 1 and here not in places:
+            (target,) = places
+            moved.setdefault(target, []).append(node)
+        else:
+            target = here
+            kept.append(node)
+        for name in node.input:
+            readers.setdefault(name, set()).add(target)
+        for number, arm in enumerate(arms(node)):
+            read = {output.name for output in arm.output}.union(*map(_reads, arm.node))
+            for name in read:
+                readers.setdefault(name, set()).add((place, number))
+    for (place, number), nodes in moved.items():
+        arm = arms(graph.node[place])[number]
+        _set_nodes(arm, [*nodes[::-1], *arm.node])
+    _set_nodes(graph, kept[::-1])
+    for node in graph.node:
+        for arm in arms(node):
+            _sink(arm)
 
 
 def _drop_constants(graph: onnx.GraphProto) -> None:

@@ -189,3 +189,21 @@ def test_again_changes_nothing(times: int) -> None:
     for _ in range(times - 1):
         tidy(model.graph)
     assert model.SerializeToString(deterministic=True) == once
+
+
+def test_what_one_arm_reads_is_computed_there() -> None:
+    text = (
+        "g (bool c, float[2,3,4] x) => (float[2,3,4] y, float[2,3,4] z) { "
+        "a = Relu(x) b = Neg(a) d = Neg(x) z = Sqrt(a) "
+        "y = If (c) <then_branch = t () => (t1) { t1 = Abs(b) }, "
+        "else_branch = e () => (e1) { e1 = Abs(d) }> }"
+    )
+    calls = [{"c": np.array(value), **X} for value in (True, False)]
+    assert tidied(text, *calls) == {"Relu": 1, "Sqrt": 1, "If": 1, "Neg": 2, "Abs": 2}
+    graph = onnx.parser.parse_model(HEAD + text).graph
+    tidy(graph)
+    assert [node.op_type for node in graph.node] == ["Relu", "Sqrt", "If"]  # two read the Relu
+    assert [[node.op_type for node in arm.node] for arm in arms(graph.node[-1])] == [
+        ["Neg", "Abs"],
+        ["Neg", "Abs"],
+    ]
