@@ -27,13 +27,30 @@ LOG_SEVERITY = 3
 
 
 @dataclass(slots=True)
+class Bound:
+    """A binding of a cache as past and present, which is kept from call to call.
+
+    Attributes:
+        binding: ONNX Runtime's.
+        inputs: what the other inputs are bound to.
+        results: arrays that results are written to; while there are none, they are allocated.
+        length: what kv_len is bound to then.
+    """
+
+    binding: Any
+    inputs: dict[str, NDArray[Any] | None] = field(default_factory=dict[str, "NDArray[Any] | None"])
+    results: Arrays = field(default_factory=dict[str, "NDArray[Any]"])
+    length: NDArray[np.int64] | None = None
+
+
+@dataclass(slots=True)
 class OrtCache:
     """Buffers by the names `past.*`, and the lengths i64[L, B].
 
     Attributes:
         slots: of each buffer.
-        bindings: past and present bound to the buffers, and the other inputs that are bound, by
-            the runner that did it.
+        bindings: what is bound to the buffers, by the runner that did it and whether it is for
+            calls of one token a row.
     """
 
     batch: int
@@ -41,7 +58,9 @@ class OrtCache:
     buffers: dict[str, Any]
     length: NDArray[np.int64]
     slots: int = 0
-    bindings: dict[Any, Any] = field(default_factory=dict[Any, Any])
+    bindings: dict[tuple[OrtRunner, bool], Bound] = field(
+        default_factory=dict["tuple[OrtRunner, bool]", "Bound"]
+    )
 
     def __post_init__(self) -> None:
         self.slots = self.capacity
@@ -133,27 +152,46 @@ class OrtRunner(Runner):
         """See `Runner`."""
         if not isinstance(cache, OrtCache):
             raise InternalError("a cache of another runner")
-        cache.reserve(inputs["input_ids"].shape[1])
-        known = cache.bindings.get(self)
+        tokens = inputs["input_ids"].shape
+        cache.reserve(tokens[1])
+        one = tokens[1] == 1 and inputs.get("logit_index", inputs["input_ids"]).shape == tokens
+        known = cache.bindings.get((self, one))
         if known is None:
-            known = cache.bindings[self] = (self._bound(cache), {})
-        binding, bound = known
-        if self._takes_length:
+            known = cache.bindings[self, one] = Bound(self._bound(cache))
+        if known.length is not None:
+            np.copyto(known.length, cache.length)
+        elif self._takes_length:
             inputs = {**inputs, "kv_len": cache.length}
         for name, array in inputs.items():
-            if bound.get(name) is not array and name in self._inputs:
-                binding.bind_cpu_input(name, np.ascontiguousarray(array))
-                bound[name] = array if array.flags.c_contiguous else None
-        for name in self._told:  # bound anew, or the buffers of the last call would be written
-            binding.bind_output(name, "cpu")
-        self._session.run_with_iobinding(binding)
-        results = binding.get_outputs_as_ortvaluevector()
-        out = {name: results[place].numpy() for name, place in self._told.items()}
+            if known.inputs.get(name) is not array and name in self._inputs:
+                known.binding.bind_cpu_input(name, np.ascontiguousarray(array))
+                known.inputs[name] = array if array.flags.c_contiguous else None
+        if known.results:
+            self._session.run_with_iobinding(known.binding)
+            out = {name: array.copy() for name, array in known.results.items()}
+        else:
+            for name in self._told:  # bound anew, or the buffers of the last call would be written
+                known.binding.bind_output(name, "cpu")
+            self._session.run_with_iobinding(known.binding)
+            results = known.binding.get_outputs_as_ortvaluevector()
+            out = {name: results[place].numpy() for name, place in self._told.items()}
+            if one:
+                self._settle(known, out, cache)
         if "present.kv_len" in out:
             cache.length = out.pop("present.kv_len")
         if self.guard is not None:
             self.guard.count(out)
         return out
+
+    def _settle(self, known: Bound, out: Arrays, cache: OrtCache) -> None:
+        """Let calls like the last one write their results to the same arrays each time."""
+        for name, array in out.items():
+            kept = known.results[name] = np.empty_like(array)
+            place = kept.ctypes.data
+            known.binding.bind_output(name, "cpu", 0, kept.dtype.type, kept.shape, place)
+        if self._takes_length:
+            known.length = cache.length.copy()
+            known.binding.bind_cpu_input("kv_len", known.length)
 
     def _bound(self, cache: OrtCache) -> Any:
         """The buffers as past and as present; results come in the order of the outputs."""
