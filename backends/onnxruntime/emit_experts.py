@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import numpy as np
+from onnx import numpy_helper
 
 from liquidc.backends.onnxruntime.emit_qmoe import qmoe
 from liquidc.backends.onnxruntime.emit_quantised import product
 from liquidc.backends.onnxruntime.emit_tensor import Emit
-from liquidc.backends.onnxruntime.graph import ELEMENT, Graph
+from liquidc.backends.onnxruntime.graph import Graph
 from liquidc.errors import UnsupportedError
-from liquidc.ir import DType, Op, Value, ops
+from liquidc.ir import Op, Value, ops
 from liquidc.ir.types import dim_names
 from liquidc.ir.weights import sizes
 
@@ -28,50 +29,44 @@ def _by_expert(
     Without branching, the same on no rows for an expert that no slot holds.
     """
     experts, width = sizes([*params[0].shape[:1], op.y.shape[-1]])
-    slots = sizes(op.index.shape[-1:])[0]
-    x = g.flat(g.name(op.x), op.x.shape)
-    chosen = g.op("Reshape", [g.name(op.index), g.const([-1])])
-    weight = g.op("Reshape", [g.name(op.weight), g.const([-1, 1])])
-    hits = g.op("Equal", [g.const(np.arange(experts)[:, None]), chosen])
-    small = g.op("Cast", [hits], to=ELEMENT[DType.U8])
-    any_hit = g.op("ReduceMax", [small, g.const([1])], keepdims=0)
-    any_hit = g.op("Cast", [any_hit], to=ELEMENT[DType.BOOL])
+    x, chosen, weight = (g.flat(g.name(v), v.shape) for v in (op.x, op.index, op.weight))
+    hits = g.op("Equal", [chosen, g.const(np.arange(experts).reshape(-1, 1, 1))])
+    any_hit = g.op("ReduceMax", [hits, g.const([1, 2])], keepdims=0)
+    some = [any_hit]
+    if experts > 1:
+        some = g.op("Split", [any_hit], experts, axis=0, num_outputs=experts)
     values: list[str] = []
     places: list[str] = []
     moe = f"moe{g.shared.layers.get(op, '')}"
     group = f"{g.prefix}/{moe}" if g.prefix else moe
     for expert in range(experts):
         label = f"{group}/expert{expert}"
-        number = g.const(expert)
         run, skip = g.arm(label), g.arm(f"{label}/skip")
-        found = run.op("NonZero", [g.op("Gather", [hits, number])])
-        slot = run.op("Gather", [found, run.const(0)])
-        row = slot if slots == 1 else run.op("Div", [slot, run.const(slots)])
-        tokens = run.op("Gather", [x, row])
+        found = run.op("NonZero", [run.op("Gather", [hits, g.const(expert)])])
+        tokens = run.op("Gather", [x, run.op("Gather", [found, g.const(0)])])
         if op.apply == "input":
-            tokens = run.op("Mul", [tokens, run.op("Gather", [weight, slot])])
+            share = run.op("GatherND", [weight, run.op("Transpose", [found])])
+            tokens = run.op("Mul", [tokens, run.op("Unsqueeze", [share, g.const([1])])])
         y = body(run, tokens, expert)
-        spot = run.op("Unsqueeze", [slot, run.const([1])])
-        if not g.shared.branching:
+        if g.shared.branching:
+            run.finish([y, found])
+            nothing = np.zeros((0, width), F32), np.zeros((2, 0), np.int64)
+            # Constants are no nodes of a loaded graph.
+            tensors = map(numpy_helper.from_array, nothing)
+            skip.finish([skip.op("Constant", [], value=tensor) for tensor in tensors])
+            y, found = g.conditional(some[expert], run, skip, 2)
+        else:
             g.nodes += run.nodes
-            values.append(y)
-            places.append(spot)
-            continue
-        run.finish([y, spot])
-        empty = [g.const(np.zeros((0, width)), F32), g.const(np.zeros((0, 1)))]
-        skip.finish([skip.op("Identity", [name]) for name in empty])
-        value, place = g.conditional(g.op("Gather", [any_hit, number]), run, skip, 2)
-        values.append(value)
-        places.append(place)
+        values.append(y)
+        places.append(found)
     total = g.op("Concat", [g.op("Shape", [chosen]), g.const([width])], axis=0)
     blank = g.op("ConstantOfShape", [total])
-    parts = [g.op("Concat", names, axis=0) for names in (places, values)]
-    spread = g.op("ScatterND", [blank, *parts])
+    slots = g.op("Transpose", [g.op("Concat", places, axis=1)])
+    spread = g.op("ScatterND", [blank, slots, g.op("Concat", values, axis=0)])
     if op.apply == "output":
-        spread = g.op("Mul", [spread, weight])
-    spread = g.op("Reshape", [spread, g.const([-1, slots, width])])
+        spread = g.op("Mul", [spread, g.op("Unsqueeze", [weight, g.const([2])])])
     summed = g.op("ReduceSum", [spread, g.const([1])], keepdims=0)
-    return [summed if op.x.type.rank == 2 else g.op("Reshape", [summed, g.shape(op.y.shape)])]
+    return [g.unflat(summed, op.y.shape)]
 
 
 def grouped_experts(g: Graph, op: ops.GroupedExperts) -> list[str]:
