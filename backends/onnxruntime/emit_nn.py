@@ -52,12 +52,12 @@ def _after_add(g: Graph, op: ops.RMSNorm) -> str | None:
         return None
     if add.a.shape != add.b.shape or op.x.type.rank not in (2, 3):
         return None
-    total = g.name(op.x)
+    total = g.remember(("flat", g.name(op.x))) or g.name(op.x)
     at = next((i for i, node in enumerate(g.nodes) if total in node.output), None)
     if at is None or g.nodes[at].op_type != "Add":
         return None
+    a, b = g.nodes[at].input
     later, g.nodes = g.nodes[at + 1 :], g.nodes[:at]
-    a, b = (g.name(value) for value in (add.a, add.b))
     y = g.shared.unique(f"{g.prefix}/norm:out" if g.prefix else "norm:out")
     g.contrib(
         "SkipSimplifiedLayerNormalization",
@@ -66,7 +66,7 @@ def _after_add(g: Graph, op: ops.RMSNorm) -> str | None:
         epsilon=op.eps,
     )
     g.nodes += later
-    return y
+    return y if total == g.name(op.x) else g.unflat(y, op.y.shape)
 
 
 def _layer_norm(g: Graph, op: ops.LayerNorm) -> list[str]:

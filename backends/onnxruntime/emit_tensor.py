@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from liquidc.backends.onnxruntime.graph import ELEMENT, Graph
+from liquidc.backends.onnxruntime.graph import CONTRIB, ELEMENT, Graph
 from liquidc.ir import Op, ops
 from liquidc.ir.weights import sizes
 
@@ -20,13 +20,18 @@ def _same(kind: str) -> Emit:
     return lambda g, op: [g.op(kind, [g.name(v) for v in op.operands])]
 
 
-def _by_row(kind: str) -> Emit:
-    """An op of one operand that is one node, on rows where it stands between products."""
+def _by_row(kind: str, domain: str = "", **attributes: Any) -> Emit:
+    """An elementwise op that is one node, on rows where it stands between products."""
 
-    def emit(g: Graph, op: ops.Unary) -> list[str]:
-        x = g.name(op.x)
-        rows = g.remember(("flat", x)) if op.x.type.rank == 3 else None
-        return [g.op(kind, [x]) if rows is None else g.unflat(g.op(kind, [rows]), op.y.shape)]
+    def emit(g: Graph, op: Op) -> list[str]:
+        (y,) = op.results
+        names = [g.name(value) for value in op.operands]
+        alike = all(value.shape == y.shape for value in op.operands)
+        known = [g.remember(("flat", name)) for name in names]
+        if not alike or y.type.rank != 3 or not any(known):
+            return [g.op(kind, names, domain=domain, **attributes)]
+        rows = [g.flat(name, y.shape) for name in names]
+        return [g.unflat(g.op(kind, rows, domain=domain, **attributes), y.shape)]
 
     return emit
 
@@ -57,12 +62,7 @@ def _add(g: Graph, op: ops.Add) -> list[str]:
     leads = [g.lead(name, shape, make=False) for name in names]
     if all(leads) and op.a.shape == op.b.shape:
         return [g.viewed(g.op("Add", leads), (1, *shape), shape)]
-    return [g.op("Add", names)]
-
-
-def _silu(g: Graph, op: ops.SiLU) -> list[str]:
-    """QuickGelu with alpha 1 is x · sigmoid(x)."""
-    return [g.contrib("QuickGelu", [g.name(op.x)], alpha=1.0)]
+    return _by_row("Add")(g, op)
 
 
 def _gelu(g: Graph, op: ops.GELU) -> list[str]:
@@ -103,12 +103,22 @@ def _slice(g: Graph, op: ops.Slice) -> list[str]:
     if len(cuts) > 1:
         parts = g.remember(("tiles", op.x, op.dim))
         if parts is None:
-            widths = g.const([stop - start for start, stop in cuts])
-            parts = g.op("Split", [g.name(op.x), widths], len(cuts), axis=op.dim)
-            g.memo["tiles", op.x, op.dim] = parts
+            parts = g.memo["tiles", op.x, op.dim] = _split(g, op, cuts)
         return [parts[cuts.index((op.start, op.stop))]]
     bounds = [g.const([v]) for v in (op.start, op.stop, op.dim)]
     return [g.op("Slice", [g.name(op.x), *bounds])]
+
+
+def _split(g: Graph, op: ops.Slice, cuts: list[tuple[int, int]]) -> list[str]:
+    """A value in parts, as rows where it is a product's."""
+    x, shape = g.name(op.x), op.x.shape
+    widths = g.const([stop - start for start, stop in cuts])
+    rows = g.remember(("flat", x)) if op.dim == 2 and op.x.type.rank == 3 else None
+    if rows is None:
+        return g.op("Split", [x, widths], len(cuts), axis=op.dim)
+    parts = g.op("Split", [rows, widths], len(cuts), axis=1)
+    shapes = ((*shape[:2], stop - start) for start, stop in cuts)
+    return [g.unflat(part, shape) for part, shape in zip(parts, shapes, strict=True)]
 
 
 def _tiles(op: ops.Slice) -> list[tuple[int, int]]:
@@ -152,7 +162,7 @@ EMIT: dict[type[Op], Emit] = {
     ops.Size: _size,
     ops.Iota: _iota,
     ops.Cast: _cast,
-    ops.SiLU: _silu,
+    ops.SiLU: _by_row("QuickGelu", CONTRIB, alpha=1.0),  # x · sigmoid(x)
     ops.GELU: _gelu,
     ops.Rsqrt: _rsqrt,
     ops.Ne: _not_equal,
@@ -179,7 +189,7 @@ EMIT: dict[type[Op], Emit] = {
     ops.Not: _same("Not"),
     ops.Add: _add,
     ops.Sub: _same("Sub"),
-    ops.Mul: _same("Mul"),
+    ops.Mul: _by_row("Mul"),
     ops.Div: _same("Div"),
     ops.Maximum: _same("Max"),
     ops.Minimum: _same("Min"),
