@@ -57,6 +57,14 @@ def product(
     return g.op("Gemm", [x, w, bias] if bias else [x, w], transB=1)
 
 
+def is_direct(g: Graph, weight: Value) -> bool:
+    """Whether a product reads a weight, or one expert's part of it, as it is stored."""
+    op = weight.op
+    if isinstance(op, ops.Dequantize):
+        return bool(_split(op)) and not g.shared.choices.portable_weights
+    return isinstance(op, ops.Weight)
+
+
 def multiplies(op: ops.Dequantize) -> bool:
     """Whether a weight is only ever a factor of `product`, which reads its codes."""
     return all(

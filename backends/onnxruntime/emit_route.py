@@ -149,8 +149,9 @@ def route(g: Graph, op: ops.Route) -> list[str]:
         chosen = g.op("Add", [scores, g.name(op.selection_bias)])
     if op.n_group > 1:
         chosen = _limit_groups(g, op, chosen)
-    _, index = g.op("TopK", [chosen, g.const([op.k])], 2, axis=-1)
-    weight = g.op("GatherElements", [scores, index], axis=-1)
+    weight, index = g.op("TopK", [chosen, g.const([op.k])], 2, axis=-1)
+    if chosen != scores:
+        weight = g.op("GatherElements", [scores, index], axis=-1)
     match op.post:
         case "renorm":
             total = g.op("ReduceSum", [weight, g.const([-1])], keepdims=1)
@@ -165,11 +166,21 @@ def route(g: Graph, op: ops.Route) -> list[str]:
             pass
     if op.scaling != 1.0:
         weight = g.op("Mul", [weight, g.const(op.scaling, F32)])
+    if routes_all(op):
+        return [index, weight]
     seen = g.op("Unsqueeze", [g.name(op.mask), g.const([-1])])
     return [
         g.op("Where", [seen, index, g.const(-1)]),
         g.op("Where", [seen, weight, g.const(0.0, F32)]),
     ]
+
+
+def routes_all(op: ops.Route) -> bool:
+    """Whether every token gets experts, as compacted ones do."""
+    mask = op.mask.op
+    if isinstance(mask, ops.Broadcast):
+        mask = mask.x.op
+    return isinstance(mask, ops.Constant) and bool(np.all(mask.value))
 
 
 def _limit_groups(g: Graph, op: ops.Route, scores: str) -> str:

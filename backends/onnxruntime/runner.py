@@ -16,6 +16,7 @@ import onnxruntime as ort
 from numpy.typing import NDArray
 
 from liquidc.backends.base import Arrays, Cache, Guard, Runner, RunnerOptions, Trace, path_gates
+from liquidc.backends.onnxruntime.huge_pages import huge_pages
 from liquidc.errors import InternalError
 from liquidc.ir import DType
 
@@ -122,9 +123,10 @@ class OrtRunner(Runner):
             settings.profile_file_prefix = profile
         self._engine, self._manifest, self._options = engine, manifest, options
         path = engine / (model or str(manifest.artifact["model"]))
-        self._session: Any = ort.InferenceSession(
-            str(path), settings, providers=["CPUExecutionProvider"]
-        )
+        with huge_pages():
+            self._session: Any = ort.InferenceSession(
+                str(path), settings, providers=["CPUExecutionProvider"]
+            )
         self._inputs = {node.name for node in self._session.get_inputs()}
         self._takes_length = "kv_len" in self._inputs
         self._outputs = [node.name for node in self._session.get_outputs()]
