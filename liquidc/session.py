@@ -107,6 +107,7 @@ class Session:
                 "logit_index": np.zeros((batch, 1), np.int64),
             }
         )
+        self._one_asked = self._one
 
     @property
     def kv_len(self) -> NDArray[np.int64]:
@@ -205,7 +206,7 @@ class Session:
             # The same arrays at every step: a runner that binds its inputs need not do so again.
             self._one["input_ids"][:, 0] = ids
             np.copyto(self._one["position_start"], self.lengths)
-            return self._run(self._one, self._ones, 1)
+            return self._run(self._one_asked, self._ones, 1)
         taking = [True] * self.batch if active is None else list(active)
         rows = [[token] if takes else [] for token, takes in zip(ids, taking, strict=True)]
         return self.prefill(rows, depth=depth)
@@ -237,7 +238,7 @@ class Session:
 
     def _ask(self, depth: DepthControls) -> None:
         """Make `depth` what the next call runs with, once it is checked."""
-        if depth is self._depth:
+        if depth == self._depth:
             return
         check_controls(self._manifest, depth)
         gates = len(self._manifest.model.gates)
@@ -247,6 +248,7 @@ class Session:
             "min_depth": np.full(self.batch, depth.min_depth, np.int64),
         }
         self._asked, self._depth = self._known(asked), depth
+        self._one_asked = self._one | self._asked
 
     def _known(self, inputs: Arrays) -> Arrays:
         """Those that the engine takes."""
@@ -267,10 +269,10 @@ class Session:
             "position_start": self.lengths.copy(),
             "logit_index": index,
         }
-        return self._run(self._known(inputs), lengths, count)
+        return self._run(self._known(inputs) | self._asked, lengths, count)
 
     def _run(self, inputs: Arrays, lengths: NDArray[np.int64], count: int) -> StepResult:
-        out = self._runner.step(inputs | self._asked, self._cache)
+        out = self._runner.step(inputs, self._cache)
         self.lengths += lengths
         shape = (len(self._manifest.model.gates), self.batch, count)
         gates, p, experts = out.get("gates"), out.get("gate_p"), out.get("experts")

@@ -41,8 +41,12 @@ class Peer(ABC):
     def prefill(self, tokens: list[int], force: list[int]) -> Logits:
         """Logits [1, V] after a prompt, from an empty cache."""
 
-    def touched(self) -> int | None:
-        """Bytes of weights and cache that the last step had to read, if it is known."""
+    def note(self) -> Any:
+        """What `touched` has to know of the last step."""
+        return None
+
+    def touched(self, note: Any) -> int | None:
+        """Bytes of weights and cache that a step had to read, if it is known."""
         return None
 
 
@@ -88,11 +92,15 @@ class Liquid(Peer):
         self.last = session.prefill(tokens, depth=self.depth(force))
         return self.last.logits[:, 0]
 
-    def touched(self) -> int | None:
+    def note(self) -> Any:
+        """See `Peer`."""
+        return self.last, self.session.kv_len[:, 0]
+
+    def touched(self, note: Any) -> int | None:
         """Of the first row."""
         from liquidc.bench import bytes_read
 
-        return bytes_read(self.engine, self.last, self.session.kv_len[:, 0])
+        return bytes_read(self.engine, *note)
 
 
 class Eager(Peer):

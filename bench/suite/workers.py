@@ -129,12 +129,13 @@ def _serve(pipe: Connection, kind: str, path: Path, threads: int, capacity: int)
 def _decode(peer: Any, asked: Decode) -> Timed:
     peer.fill(asked.held)
     seconds: list[float] = []
-    sizes: list[int | None] = []
+    notes: list[Any] = []
     logits = None
     for tokens, force in zip(asked.tokens, asked.force, strict=True):
         start = time.perf_counter()
         logits = peer.step(tokens, force)
         seconds.append(time.perf_counter() - start)
-        sizes.append(peer.touched())
-    known = [size for size in sizes[WARM_UP:] if size is not None]
+        notes.append(peer.note())
+    sizes = map(peer.touched, notes[WARM_UP:])  # afterwards: it would disturb the steps
+    known = [size for size in sizes if size is not None]
     return Timed(seconds[WARM_UP:], known, np.array(logits))
