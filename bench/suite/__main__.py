@@ -180,9 +180,9 @@ def _tables(
     workers: dict[str, Worker],
     options: argparse.Namespace,
 ) -> dict[str, Any]:
-    bandwidth = read_bandwidth()
     told: list[dict[str, Any]] = []
     for case in cases:
+        bandwidth = read_bandwidth()
         table = Table(case, rows(list(workers)), built, options.steps, options.seed)
         for number in range(-1, options.turns):
             say(f"{label}: {case}: round {number + 1} of {options.turns}")
@@ -191,13 +191,21 @@ def _tables(
                 raise SystemExit("error: not the same model: " + "; ".join(wrong))
         found = table.report(bandwidth)
         bounds = judged(shape, policy, case, found)
-        told.append({"case": str(case), **asdict(case), "rows": found, "bounds": bounds})
+        told.append(
+            {
+                "case": str(case),
+                **asdict(case),
+                "read_bandwidth_bytes_per_second": bandwidth,
+                "rows": found,
+                "bounds": bounds,
+            }
+        )
         show(label, told[-1])
     memory = {
         name: {"loaded_bytes": worker.resident, "after_bytes": worker.memory()}
         for name, worker in workers.items()
     }
-    return {"cases": told, "memory": memory, "read_bandwidth_bytes_per_second": bandwidth}
+    return {"cases": told, "memory": memory}
 
 
 def show(label: str, told: dict[str, Any]) -> None:
