@@ -46,8 +46,11 @@ bench: $(VENV)/installed ## our engines beside those peers that are installed (a
 	mkdir -p build
 	$(BIN)/python -m bench.suite --json build/bench.json
 
+# Some virtual machines advertise AMX and then kill who uses it.
+NO_AMX := $(if $(filter x86_64,$(shell uname -m)),-mno-amx-tile -mno-amx-int8 -mno-amx-bf16)
+
 bench-peers: $(VENV)/installed ## install the other peers; llama.cpp is compiled for this processor
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[bench]'
+	CFLAGS="$(NO_AMX)" CXXFLAGS="$(NO_AMX)" $(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[bench]'
 
 train-sample: $(VENV)/installed ## train samples/tiny-liquid anew (20 minutes)
 	$(BIN)/python samples/train_tiny.py --force

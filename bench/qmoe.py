@@ -1,4 +1,4 @@
-"""Experts as one QMoE against a conditional for each: python bench/qmoe.py [--threads 2].
+"""Experts as one QMoE against products for each: python bench/qmoe.py [--threads 2].
 
 Both lowerings of one layer of quantised experts take turns on the same tokens, whose experts are
 drawn at random. A row gives the medians in microseconds, and the median of the ratios of
