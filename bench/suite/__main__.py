@@ -138,15 +138,30 @@ def judged(shape: str, policy: str, case: Case, told: list[dict[str, Any]]) -> l
     return found
 
 
+def groups(shape: str, policy: str, only: list[str] | None) -> list[list[str]]:
+    """Contenders that are in memory together: all, or a few of the 2 GB of a mixture of experts."""
+    if shape == "sample":
+        found = [[*OURS, *PEERS[:-1]]]
+    elif policy == "own":
+        found = [[*OURS]]
+    elif shape == "moe":
+        found = [[*OURS, *PEERS[:3]], [OURS[0], *PEERS[3:]], [OURS[0], *FEW_BITS]]
+    else:
+        found = [[*OURS, *PEERS, *FEW_BITS]]
+    if only:
+        found = [[name for name in names if name in (OURS[0], *only)] for names in found]
+    return [names for names in found if len(names) > 1] or [[OURS[0]]]
+
+
 def measure(
-    shape: str, policy: str, vocabulary: int, cases: list[Case], options: argparse.Namespace
+    shape: str,
+    policy: str,
+    vocabulary: int,
+    cases: list[Case],
+    wanted: list[str],
+    options: argparse.Namespace,
 ) -> dict[str, Any]:
-    """Build one model's contenders and let them take turns in every case."""
-    wanted = list(OURS)
-    if policy == "drop" or shape == "sample":
-        wanted += [*PEERS, *FEW_BITS] if shape != "sample" else PEERS[:-1]
-    if options.only:
-        wanted = [name for name in wanted if name in ("liquidc", *options.only)]
+    """Build some contenders of a model and let them take turns in every case."""
     label = f"{shape}, {policy}, vocabulary {vocabulary}"
     with tempfile.TemporaryDirectory(prefix="bench-") as scratch:
         builder = Builder(Path(scratch), shape, policy, vocabulary, lambda t: say(f"{label}: {t}"))
@@ -300,18 +315,20 @@ def main() -> None:
         for policy in options.policy or ["drop", "own"]:
             if shape == "sample" and policy == "drop":
                 continue  # the sample was trained with the policy own
-            found.append(measure(shape, policy, options.vocabulary, cases, options))
-            write()
+            runs = [(options.vocabulary, cases)]
             if (shape, policy) == ("dense", "drop") and options.vocabulary != LARGE:
-                found.append(measure(shape, policy, LARGE, cases[:1], options))
-                write()
+                runs.append((LARGE, cases[:1]))
+            for vocabulary, chosen_cases in runs:
+                for names in groups(shape, policy, options.only):
+                    found.append(measure(shape, policy, vocabulary, chosen_cases, names, options))
+                    write()
     document["compiles"] = None
     if options.compiles:
         say("compiles of 8 and 32 layers")
         with tempfile.TemporaryDirectory(prefix="bench-") as scratch:
             document["compiles"] = compiles.measure(Path(scratch), options.compiles)
         models = {
-            f"{told['shape']}, {told['policy']}: {name}": log
+            f"{told['shape']}, {told['policy']}, vocabulary {told['vocabulary']}: {name}": log
             for told in found
             for name, log in told["compiles"].items()
         }

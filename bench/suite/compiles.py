@@ -41,10 +41,10 @@ def save_narrow(layers: int, directory: Path) -> None:
     LiquidForCausalLM(config).eval().save_directory(directory)
 
 
-def compiled(model: Path) -> dict[str, Any]:
+def compiled(model: Path, engine: Path, quantize: str | None = None) -> dict[str, Any]:
     """The build log of a compile in a process of its own."""
-    engine = model.with_name(f"{model.name}-engine")
     command = [sys.executable, "-m", "liquidc.cli.main", "compile", model, "-o", engine, "--force"]
+    command += ["--quantize", quantize] if quantize else []
     subprocess.run(list(map(str, command)), stdout=subprocess.DEVNULL, check=True)
     log = json.loads(engine.with_name(f"{engine.name}.build.json").read_text())
     return log | {stage["name"]: stage["seconds"] for stage in log["stages"]}
@@ -55,7 +55,10 @@ def measure(directory: Path, turns: int) -> dict[str, Any]:
     models = {layers: directory / f"narrow-{layers}" for layers in DEPTHS}
     for layers, model in models.items():
         save_narrow(layers, model)
-    logs = [{layers: compiled(model) for layers, model in models.items()} for _ in range(turns)]
+    engine = directory / "engine"
+    logs = [
+        {layers: compiled(model, engine) for layers, model in models.items()} for _ in range(turns)
+    ]
     few, many = DEPTHS
     ratios = [log[many]["trace"] / log[few]["trace"] for log in logs]
     passes = [1000 * log[many]["passes"] / log[many]["ops"] for log in logs]

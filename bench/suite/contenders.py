@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 import importlib.util
-import json
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -14,9 +13,8 @@ from typing import Any
 import torch
 
 from bench.shapes import SAMPLE, random_model, wide, without_gates
+from bench.suite.compiles import compiled
 from liquidc.frontend.model import LiquidForCausalLM
-from liquidc.pipeline import compile_model
-from liquidc.plan import CompileOptions
 
 NEEDS = {
     "torch.compile": "torch",
@@ -115,9 +113,7 @@ class Builder:
 
     def _engine(self, name: str, source: Path) -> Path:
         engine = self.directory / name.replace(" ", "-")
-        compile_model(source, engine, CompileOptions(quantize=QUANTISED.get(name)))
-        log = json.loads(engine.with_name(f"{engine.name}.build.json").read_text())
-        self.compiles[name] = log
+        self.compiles[name] = compiled(source, engine, QUANTISED.get(name))
         return engine
 
     def _gguf(self, model: LiquidForCausalLM, type: str) -> Path:
