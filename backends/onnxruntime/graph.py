@@ -205,7 +205,7 @@ class Graph:
         if sum(isinstance(dim, str) for dim in rest) <= 1:
             target = [0] * same + [-1 if isinstance(dim, str) else dim for dim in rest]
             return self.op("Reshape", [x, self.const(target)])
-        return self.op("Reshape", [x, self.shape(new)])
+        return self.op("Reshape", [x, self.shape(new)], allowzero=1)
 
     def flat(self, x: str, old: Sequence[Dim]) -> str:
         """The leading dimensions of x made one: [-1, last]."""
@@ -217,10 +217,13 @@ class Graph:
         return known
 
     def unflat(self, x: str, dims: Sequence[Dim]) -> str:
-        """Rows [-1, last] in their shape, which `flat` takes back; nobody has to use it."""
+        """Rows [-1, last] in their shape, which `flat` takes back; nobody has to use it.
+
+        A size in it may be 0, of tokens that an expert has not got.
+        """
         if len(dims) == 2:
             return x
-        y = self.op("Reshape", [x, self.shape(dims)])
+        y = self.op("Reshape", [x, self.shape(dims)], allowzero=1)
         self.memo["flat", y] = x
         return y
 
