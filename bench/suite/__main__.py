@@ -293,7 +293,9 @@ def main() -> None:
     parser.add_argument("--shape", choices=SHAPES, action="append", help="default: all")
     parser.add_argument("--policy", choices=["drop", "own"], action="append", help="default: both")
     parser.add_argument("--case", type=int, choices=range(len(CASES)), action="append", help=told)
-    parser.add_argument("--only", action="append", metavar="NAME", help="contenders beside ours")
+    others = [OURS[1], *PEERS, *FEW_BITS]
+    told_others = "contenders beside ours: " + ", ".join(others)
+    parser.add_argument("--only", action="append", choices=others, metavar="NAME", help=told_others)
     parser.add_argument("--turns", type=int, default=20, help="rounds (default 20)")
     parser.add_argument("--steps", type=int, default=8, help="steps of a turn (default 8)")
     parser.add_argument("--vocabulary", type=int, default=256, help="of random models")
