@@ -28,10 +28,10 @@ demo: $(VENV)/installed ## compile the sample, generate text, verify the engine
 	$(BIN)/liquidc verify $(ENGINE)
 
 test: $(VENV)/installed ## the fast tests
-	$(BIN)/python -m pytest -n $(JOBS) -q
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadgroup -q
 
 test-slow: $(VENV)/installed ## the long tests too
-	$(BIN)/python -m pytest -n $(JOBS) -q -m 'not gpu'
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadgroup -q -m 'not gpu'
 
 lint: $(VENV)/installed ## ruff and pyright
 	$(BIN)/ruff format --check .

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -163,33 +163,66 @@ MAX_GATES = 8
 """Gates that one layer may have."""
 
 
-def fingerprint(module: nn.Module) -> Any:
-    """What a module's trace depends on: classes, plain attributes, shapes; not its weights.
+class Identity:
+    """An object as a key: equal to itself alone, and kept alive so that its id stays its own."""
 
-    Two modules with equal fingerprints are traced once. Attributes that are neither plain data nor
-    tensors make a module distinct from every other.
+    __slots__ = ("value",)
+
+    def __init__(self, value: object) -> None:
+        self.value = value
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Identity) and self.value is other.value
+
+    def __hash__(self) -> int:
+        return id(self.value)
+
+
+_OF_EVERY_MODULE = frozenset(vars(nn.Module()))
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks")
+
+
+def fingerprint(module: nn.Module) -> Hashable:
+    """What a module's trace depends on: classes, attributes, shapes, ties; not its weights.
+
+    Two modules with equal fingerprints are traced once. An attribute that is neither plain data nor
+    a tensor of the module is compared by identity.
     """
-    own = {k: v for k, v in vars(module).items() if not k.startswith("_") and k != "training"}
-    plain = tuple(sorted((k, _plain(v)) for k, v in own.items()))
+    first: dict[int, int] = {}
+    named = (module.named_parameters, module.named_buffers)
+    tensors = [t for tensors in named for _, t in tensors(remove_duplicate=False)]
+    ties = tuple(first.setdefault(id(t), i) for i, t in enumerate(tensors))
+    return (_of_module(module), ties)
+
+
+def _of_module(module: nn.Module) -> Hashable:
+    own = {k: v for k, v in vars(module).items() if k not in _OF_EVERY_MODULE}
+    own |= {k: tuple(vars(module)[k].values()) for k in _HOOKS}
+    plain = tuple((k, _plain(own[k])) for k in sorted(own))
     tensors = [
-        (name, tuple(t.shape), str(t.dtype))
+        (name, tuple(t.shape), t.dtype)
         for named in (module.named_parameters, module.named_buffers)
         for name, t in named(recurse=False)
     ]
     absent = tuple(name for name, t in module._parameters.items() if t is None)  # pyright: ignore
-    children = tuple((name, fingerprint(child)) for name, child in module.named_children())
+    children = tuple((name, _of_module(child)) for name, child in module.named_children())
     return (type(module), plain, tuple(tensors), absent, children)
 
 
-def _plain(value: Any) -> str:
-    """A text that is equal for equal plain data."""
-    if value is None or isinstance(value, bool | int | float | str):
-        return repr(value)
+def _plain(value: Any) -> Hashable:
+    """A key that is equal for equal plain data; for anything else, the object itself."""
+    if value is None or isinstance(value, bool | int | float | str | torch.dtype):
+        return (type(value).__name__, repr(value))
     if isinstance(value, list | tuple):
-        return f"[{', '.join(_plain(item) for item in cast('Sequence[Any]', value))}]"
+        items = cast("Sequence[Any]", value)
+        return (type(items).__name__, *(_plain(item) for item in items))
+    if isinstance(value, dict):
+        items = cast("dict[Any, Any]", value).items()
+        return ("dict", *((_plain(k), _plain(v)) for k, v in items))
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return repr(value)
-    return f"{type(value).__name__} {id(value)}"
+        fields = dataclasses.fields(value)
+        return (type(value), *((f.name, _plain(getattr(value, f.name))) for f in fields))
+    return Identity(value)
 
 
 def to_meta(part: nn.Module) -> nn.Module:

@@ -1,7 +1,44 @@
-"""One thread per test process: the tests run beside one another."""
+"""One thread per test process, which keeps exports and runs all tests of a case of the grid."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
+import pytest
 import torch
 
+from liquidc.frontend.parts import PartTracer
+from tests import traces
+from tests.oracle.grid import edge_cases, grid
+
 torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _kept_traces() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(PartTracer, "export", traces.kept)
+        yield
+
+
+@pytest.fixture
+def cold_traces(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Trace anew, where tracing is what is tested."""
+    monkeypatch.setattr(PartTracer, "export", traces.export)
+
+
+SPREAD = ("generator/test_properties", "passes/test_mutations")
+"""Files whose tests share nothing and take long: they go to any process."""
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Groups for `--dist loadgroup`: the tests of a case of the grid, else those of a file."""
+    cases = {case.name for case in (*grid(), *edge_cases())}
+    for item in items:
+        call = getattr(item, "callspec", None)
+        values = call.params.values() if call else ()
+        named = [value for value in values if isinstance(value, str) and value in cases]
+        path = item.nodeid.partition("::")[0]
+        if not any(name in path for name in SPREAD):
+            item.add_marker(pytest.mark.xdist_group(named[0] if named else path))
