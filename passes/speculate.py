@@ -15,10 +15,11 @@ own key and value appended to it, and yields these; a cache is written in one of
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import cast
 
 from liquidc.ir import Block, Dim, DType, Function, Op, TensorType, Value, ops
-from liquidc.ir.rewriter import Rewriter
+from liquidc.ir.rewriter import Refusal, Rewriter
 from liquidc.passes.gate_arms import Gate
 from liquidc.passes.specialize_decode import bound, copy_bound, know_mask
 
@@ -47,7 +48,11 @@ def speculate(function: Function, gates: list[Gate], path: str, rw: Rewriter) ->
     region = _without_what_is_free(block, block.ops[first : last + 1])
     out = _used_outside(region)
     straight = _Straight(region, gates, path, rw)
-    hot = straight.block(out)
+    try:
+        hot = straight.block(out)
+    except Refusal:
+        straight.discard()
+        raise
     place = block.ops.index(region[0])
     for op in region:
         block.ops.remove(op)
@@ -138,6 +143,15 @@ def _nothing(hot: Block) -> Block:
     return block
 
 
+@dataclass(frozen=True)
+class _Entry:
+    """Where an appended entry goes: values from before the region."""
+
+    cache: Value
+    length: Value
+    scale: Value | None
+
+
 class _Straight(dict[Value, Value]):
     """The region copied for one token on the path; a mapping from its values to the copies.
 
@@ -157,7 +171,7 @@ class _Straight(dict[Value, Value]):
             for gate, digit in zip(gates, path, strict=True)
             for op in gate.conditionals
         }
-        self._plan: list[tuple[Value, int | None, ops.Append | None]] = []
+        self._plan: list[tuple[Value, int | None, _Entry | None]] = []
 
     def __missing__(self, value: Value) -> Value:
         """A value from before the region, with its sizes known."""
@@ -204,10 +218,12 @@ class _Straight(dict[Value, Value]):
         appended = made.op if isinstance(made.op, ops.Append) else None
         if cache and appended is None:
             self._rw.check(self._is_from_before(made), "a cache is neither kept nor appended to")
-            self._plan.append((value, None, None))
+            self._plan.append((self._outer(made), None, None))
             return []
         if appended is not None:
-            self._plan.append((value, at, appended))
+            scale = None if appended.scale is None else self._outer(appended.scale)
+            entry = _Entry(self._outer(appended.cache), self._outer(appended.length), scale)
+            self._plan.append((value, at, entry))
             shape = (*self._gates[0].op.valid.shape, *appended.new.shape[2:])
             return [self._block.append(ops.Broadcast(appended.new, shape=shape)).y]
         self._plan.append((value, at, None))
@@ -220,18 +236,21 @@ class _Straight(dict[Value, Value]):
         block = Block()
         values: list[Value] = []
         valid = self._gates[0].op.valid
-        for value, at, appended in self._plan:
+        for value, at, entry in self._plan:
             if at is None:
-                values.append(self._outer(self[value]))
-            elif appended is None:
+                values.append(value)
+            elif entry is None:
                 values.append(tried.results[at])
             else:
-                cache, length = self._outer(appended.cache), self._outer(appended.length)
-                scale = appended.scale and self._outer(appended.scale)
-                new = ops.Append(cache, tried.results[at], length, valid, scale)
+                new = ops.Append(entry.cache, tried.results[at], entry.length, valid, entry.scale)
                 values.append(block.append(new).y)
         block.append(ops.Yield(values))
         return block
+
+    def discard(self) -> None:
+        """Undo a refused copy: its ops use nothing any more."""
+        for op in self._block.ops:
+            op.forget()
 
     def _outer(self, value: Value) -> Value:
         """The value from before the region that a value inside is a shape of."""
