@@ -124,6 +124,11 @@ class Builder:
         """`x` in another shape."""
         return self.add(ops.Reshape(x, shape=shape))
 
+    def stacked(self, values: Sequence[Value]) -> Value:
+        """Values of one type along a new first dimension, as the trace stacks results."""
+        rows = [self.reshape(value, 1, *value.shape) for value in values]
+        return self.add(ops.Concat(rows, dim=0))
+
     def linear(self, x: Value, width: int) -> Value:
         """A projection with a new weight and sometimes a bias."""
         weight = self.weight(width, _size(x))

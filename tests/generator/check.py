@@ -127,4 +127,5 @@ def assert_same(old: torch.Tensor, new: torch.Tensor, where: str) -> None:
 
 def first_row(inputs: Inputs) -> Inputs:
     """The batch cut to its first row."""
-    return {name: x if name == "gate_force" else x[:1] for name, x in inputs.items()}
+    whole = {"gate_force": inputs["gate_force"], "kv_len": inputs["kv_len"][:, :1]}
+    return {name: x[:1] for name, x in inputs.items()} | whole

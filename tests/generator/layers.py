@@ -39,10 +39,11 @@ class Step:
     caches: list[Cache] = field(default_factory=list)
     below: tuple[Value, Value] | None = None
 
-    def cache(self, layer: int) -> Cache:
-        """The cache that came in."""
-        names = (f"past.{layer}.key", f"past.{layer}.value", f"kv_len.{layer}")
-        return Cache(*(self.args[name] for name in names))
+    def cache(self, b: Builder, layer: int) -> Cache:
+        """The cache that came in; its length is a row of `kv_len`."""
+        row = b.add(ops.Slice(self.args["kv_len"], dim=0, start=layer, stop=layer + 1))
+        key, value = (self.args[f"past.{layer}.{part}"] for part in ("key", "value"))
+        return Cache(key, value, b.reshape(row, "B"))
 
 
 def layer(b: Builder, step: Step, x: Value, number: int) -> Value:
@@ -159,7 +160,7 @@ def _attention(
     b: Builder, step: Step, x: Value, number: int, mask: Value, cached: Value, policy: str
 ) -> tuple[Value, Cache]:
     """State with masked attention added, and the cache with the tokens of `cached` appended."""
-    old, u = step.cache(number), b.norm(x)
+    old, u = step.cache(b, number), b.norm(x)
     new = _new_entries(b, step, u)
     if policy == "inherit" and step.below is not None:
         new = (b.masked(mask, new[0], step.below[0]), b.masked(mask, new[1], step.below[1]))
@@ -181,7 +182,7 @@ def _gated(
     """Attention and feed-forward in one conditional, as the trace writes it."""
     policy = b.rng.choice(POLICIES) if number else b.rng.choice(("own", "drop"))
     cached = mask if policy == "drop" else step.valid
-    old, adapter = step.cache(number), b.chance(30)
+    old, adapter = step.cache(b, number), b.chance(30)
     shared = b.weight(WIDTH, WIDTH)
     index: list[Value] = []
     own: list[Value] = [b.weight(HEAD, WIDTH), b.weight(HEAD, WIDTH)]
@@ -249,7 +250,7 @@ def _inner(b: Builder, step: Step, h: Value, number: int, mask: Value, label: st
 
 def _branches(b: Builder, step: Step, x: Value, number: int, mask: Value, label: str) -> Value:
     """Two conditionals, for attention and for the feed-forward, the cache outside."""
-    old = step.cache(number)
+    old = step.cache(b, number)
     cache = _store(b, old, _new_entries(b, step, b.norm(x)), step.valid)
     step.caches.append(cache)
     limit = _limit(b, old, step.valid)
@@ -273,7 +274,7 @@ def _branches(b: Builder, step: Step, x: Value, number: int, mask: Value, label:
 
 def _on_rows(b: Builder, step: Step, x: Value, number: int, mask: Value, label: str) -> Value:
     """A layer under policy drop that is written on rows already."""
-    old = step.cache(number)
+    old = step.cache(b, number)
     dim = f"N{len(step.caches)}"
 
     def run() -> list[Value]:

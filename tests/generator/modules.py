@@ -97,11 +97,10 @@ def float_example(rng: random.Random) -> Example:
         results |= {f"gates.{gate}": mask, f"gate_p.{gate}": p}
     results |= {f"experts.{number}": index for number, index in step.experts.items()}
     for number, cache in enumerate(step.caches):
-        results |= {
-            f"present.{number}.key": cache.key,
-            f"present.{number}.value": cache.value,
-            f"present.kv_len.{number}": cache.length,
-        }
+        results |= {f"present.{number}.key": cache.key, f"present.{number}.value": cache.value}
+    results["present.kv_len"] = b.stacked([cache.length for cache in step.caches])
+    if step.gates:
+        results["gates"], results["gate_p"] = map(b.stacked, zip(*step.gates, strict=True))
     b.emit(ops.Return(list(results.values())))
     function.result_names = tuple(results)
     b.module.add(function.clone("decode"))
@@ -122,12 +121,8 @@ def _signature(layers: int) -> list[tuple[str, TensorType]]:
         ("min_depth", TensorType(DType.I64, ("B",))),
     ]
     for number in range(layers):
-        args += [
-            (f"past.{number}.key", cache_type()),
-            (f"past.{number}.value", cache_type()),
-            (f"kv_len.{number}", TensorType(DType.I64, ("B",))),
-        ]
-    return args
+        args += [(f"past.{number}.key", cache_type()), (f"past.{number}.value", cache_type())]
+    return [*args, ("kv_len", TensorType(DType.I64, (layers, "B")))]
 
 
 def _body(b: Builder, args: dict[str, Value], layers: int) -> tuple[Value, Step]:
@@ -160,9 +155,10 @@ def _inputs(b: Builder, layers: int, regime: str, decode: bool) -> Inputs:
         "gate_bias": torch.tensor([rng.choice((0.0, 0.0, 0.5, -0.5)) for _ in range(rows)]),
         "min_depth": torch.tensor([rng.choice((0, 0, 1, layers)) for _ in range(rows)]),
     }
+    filled: list[list[int]] = []
     for number in range(layers):
         for part in ("key", "value"):
             inputs[f"past.{number}.{part}"] = torch.randn(rows, 1, SLOTS, HEAD, generator=b.numbers)
-        filled = [rng.randrange(SLOTS - tokens) for _ in range(rows)]
-        inputs[f"kv_len.{number}"] = torch.tensor(filled)
+        filled.append([rng.randrange(SLOTS - tokens) for _ in range(rows)])
+    inputs["kv_len"] = torch.tensor(filled)
     return inputs

@@ -41,6 +41,7 @@ RULES = {
     "path",
     "skip-identity",
     "specialize-decode",
+    "stack-earlier",
     "stack-experts",
     "sum-of-one",
     "unused-result",
