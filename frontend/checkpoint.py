@@ -1,8 +1,9 @@
 """Checkpoint directories: safetensors files beside a config.json, read lazily and checked.
 
-The safetensors library checks the headers (it refuses wrong lengths, overlaps and holes); here
-their content is compared with what the index says. Rows are read into memory of
-their own: the library maps files, and every mapped page that was touched counts as resident.
+Headers are checked here, by the rules of the format (https://github.com/huggingface/safetensors,
+"Format"), and not by the library, which refuses a whole file for one tensor of an element type that
+it does not know. Rows are read into memory of their own: the library maps files, and every mapped
+page that was touched counts as resident. Files may be links; an index only names files beside it.
 """
 
 from __future__ import annotations
@@ -10,19 +11,20 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import os
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from liquidc.errors import CheckpointError
+from liquidc.files import check_regular, read_file
 from liquidc.ir.types import DType, TensorType
 from liquidc.ir.weights import torch_dtype
 from liquidc.records import canonical
@@ -44,7 +46,9 @@ DTYPES = {
     "U8": DType.U8,
     "BOOL": DType.BOOL,
 }
-"""Names of safetensors by element type; others (float8, float4) have no lowering yet."""
+"""Element types that can be read, by their names in safetensors; others are left alone."""
+_MAX_HEADER_BYTES = 100_000_000
+"""A longer header is refused, as by the library."""
 _BLOCK = 1 << 24
 """Bytes that are hashed at a time."""
 
@@ -77,20 +81,31 @@ class CheckpointSource:
         """Hash of config.json and the weight files, in the order of their names."""
         digest = hashlib.sha256()
         for name in ("config.json", *self._files):
+            check_regular(self.directory / name, CheckpointError)
             with (self.directory / name).open("rb") as file:
                 while block := file.read(_BLOCK):
                     digest.update(block)
         return digest.hexdigest()
 
-    def types(self) -> dict[str, TensorType]:
+    def types(self) -> Mapping[str, TensorType]:
         """Element type and shape of every tensor.
 
-        Raises:
-            CheckpointError: an element type is not supported.
+        A lookup raises `CheckpointError` if the element type is not supported: a tensor that nothing
+        reads may have any.
         """
-        return {name: self._type(name) for name in sorted(self._entries)}
+        return _Types(self)
 
-    def _type(self, name: str) -> TensorType:
+    def names(self) -> list[str]:
+        """Names of the tensors, sorted."""
+        return sorted(self._entries)
+
+    def type_of(self, name: str) -> TensorType:
+        """Element type and shape of a tensor.
+
+        Raises:
+            CheckpointError: the element type is not supported.
+            KeyError: there is no such tensor.
+        """
         entry = self._entries[name]
         if entry.dtype not in DTYPES:
             raise CheckpointError(
@@ -108,7 +123,7 @@ class CheckpointSource:
         """
         if name not in self._entries:
             raise CheckpointError(f"{self.directory} has no tensor {name}")
-        entry, dtype = self._entries[name], self._type(name).dtype
+        entry, dtype = self._entries[name], self.type_of(name).dtype
         inner = entry.shape[1:]
         row = math.prod(inner) * dtype.bytes
         data = torch.empty((stop - start) * row, dtype=torch.uint8)
@@ -132,6 +147,25 @@ class CheckpointSource:
 
     def _where(self, name: str) -> str:
         return f"{self.directory / self._entries[name].file}: the tensor {name}"
+
+
+class _Types(Mapping[str, TensorType]):
+    """See `CheckpointSource.types`."""
+
+    def __init__(self, source: CheckpointSource) -> None:
+        self._source, self._names = source, dict.fromkeys(source.names())
+
+    def __getitem__(self, name: str) -> TensorType:
+        return self._source.type_of(name)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._names
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
 
 
 def _finite(rows: torch.Tensor) -> bool:
@@ -163,9 +197,9 @@ def _weight_files(directory: Path) -> list[Path]:
     """The safetensors files of a directory, in the order of their names."""
     if not directory.is_dir():
         raise CheckpointError(f"{directory}: no such directory; give a model directory")
-    if (directory / SINGLE).exists():
+    if os.path.lexists(directory / SINGLE):
         return [directory / SINGLE]
-    if (directory / INDEX).exists():
+    if os.path.lexists(directory / INDEX):
         return [directory / name for name in sorted(set(_read_index(directory).values()))]
     pickles = sorted(p.name for p in directory.iterdir() if p.suffix in PICKLES)
     if pickles:
@@ -185,9 +219,7 @@ def _read_index(directory: Path) -> dict[str, str]:
     """
     path = directory / INDEX
     try:
-        content: Any = json.loads(path.read_bytes())
-    except OSError as error:
-        raise CheckpointError(f"{path}: can't be read ({error.strerror})") from None
+        content: Any = json.loads(read_file(path, CheckpointError))
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path}: not valid JSON ({error})") from None
     entries = cast(dict[str, Any], content).get("weight_map") if type(content) is dict else None
@@ -198,10 +230,6 @@ def _read_index(directory: Path) -> dict[str, str]:
             raise CheckpointError(f"{path}: {name} is in {file!r}, which is no plain file name")
         if not file.endswith(".safetensors"):
             raise CheckpointError(f"{path}: {name} is in {file!r}, which is not .safetensors")
-        if (directory / file).resolve().parent != directory.resolve():
-            raise CheckpointError(
-                f"{directory / file}: a link out of the directory; put the file itself there"
-            )
     return cast(dict[str, str], entries)
 
 
@@ -211,27 +239,65 @@ def _read_header(path: Path) -> dict[str, _Entry]:
     Raises:
         CheckpointError: it is missing or damaged.
     """
-    if not path.is_file():
+    if not os.path.lexists(path):
         raise CheckpointError(f"{path}: missing; the checkpoint is incomplete, download it again")
+    check_regular(path, CheckpointError)
     try:
-        with safe_open(path, framework="pt"):
-            pass
         with path.open("rb") as file:
+            size = os.fstat(file.fileno()).st_size
             length = int.from_bytes(file.read(8), "little")
-            header: dict[str, Any] = json.loads(file.read(length))
-    except (SafetensorError, ValueError) as error:
+            if length > min(size - 8, _MAX_HEADER_BYTES):
+                raise ValueError(f"a header of {length} bytes in a file of {size}")
+            header: Any = json.loads(file.read(length).decode())
+        return _entries(path.name, header, 8 + length, size)
+    except (ValueError, RecursionError) as error:
         raise CheckpointError(
             f"{path}: truncated or damaged ({error}); download it again"
         ) from None
     except OSError as error:
         raise CheckpointError(f"{path}: can't be read ({error.strerror or error})") from None
-    header.pop("__metadata__", None)
-    return {
-        name: _Entry(
-            path.name, told["dtype"], tuple(told["shape"]), 8 + length + told["data_offsets"][0]
-        )
-        for name, told in header.items()
-    }
+
+
+def _entries(file: str, header: Any, start: int, size: int) -> dict[str, _Entry]:
+    """The tensors of a header, whose bytes must fill the file from `start` on without holes.
+
+    Raises:
+        ValueError: the header is damaged.
+    """
+    if not isinstance(header, dict):
+        raise ValueError("the header is not a JSON object")
+    entries: dict[str, _Entry] = {}
+    places: list[tuple[int, int, str]] = []
+    for name, told in cast("dict[str, Any]", header).items():
+        if name == "__metadata__":
+            continue
+        fields = cast("dict[str, Any]", told) if isinstance(told, dict) else {}
+        dtype, shape = fields.get("dtype"), _sizes(fields.get("shape"))
+        offsets = _sizes(fields.get("data_offsets"))
+        if not isinstance(dtype, str) or shape is None or offsets is None or len(offsets) != 2:
+            raise ValueError(f"{name!r:.80} has no dtype, shape and data_offsets")
+        begin, end = offsets
+        if dtype in DTYPES and end - begin != math.prod(shape) * DTYPES[dtype].bytes:
+            raise ValueError(
+                f"{name!r:.80} has {end - begin} bytes for {dtype} {list(shape)!s:.80}"
+            )
+        places.append((begin, end, name))
+        entries[name] = _Entry(file, dtype, shape, start + begin)
+    at = 0
+    for begin, end, name in sorted(places):
+        if begin != at or end < begin:
+            raise ValueError(f"{name!r:.80} begins at byte {begin}, not at {at}")
+        at = end
+    if start + at != size:
+        raise ValueError(f"{start + at} bytes of tensors in a file of {size}")
+    return entries
+
+
+def _sizes(value: object) -> tuple[int, ...] | None:
+    """A list of integers that are 0 or more; None if it is none."""
+    items = cast("list[Any]", value) if isinstance(value, list) else [None]
+    good = all(type(item) is int and 0 <= item < 1 << 63 for item in items)
+    return tuple(cast("list[int]", items)) if good else None
 
 
 def _merge(directory: Path, files: Mapping[str, Mapping[str, _Entry]]) -> dict[str, _Entry]:

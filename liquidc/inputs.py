@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, cast
 
 from liquidc.errors import CheckpointError, ConfigError, InputError
+from liquidc.files import read_file
 from liquidc.generation import GENERATION, read_generation
 from liquidc.ir.core import Module
 from liquidc.ir.weights import WeightSource
@@ -102,18 +104,19 @@ class DirectoryInput:
 
     def files(self) -> dict[str, bytes]:
         """See `ModelInput`."""
-        found = {name: self._path / name for name in COPIED if (self._path / name).exists()}
+        paths = {name: self._path / name for name in COPIED if os.path.lexists(self._path / name)}
+        found = {name: read_file(path, InputError) for name, path in paths.items()}
         read_generation(self._path)
         if "tokenizer.json" in found:
             from liquidc.tokenizer import Tokenizer
 
-            Tokenizer(found["tokenizer.json"])
+            Tokenizer(paths["tokenizer.json"])
         if found.keys() & {TOKENIZER_CONFIG, TEMPLATE}:
             from liquidc.chat import read_chat_template
 
             if (template := read_chat_template(self._path)) is not None:
                 template.check()
-        return {name: path.read_bytes() for name, path in found.items()}
+        return found
 
 
 class ModuleInput:
@@ -194,7 +197,7 @@ def model_type(path: Path) -> str:
     Raises:
         ConfigError: it can't be read.
     """
-    if not path.exists():
+    if not os.path.lexists(path):
         raise ConfigError(f"{path}: missing; a model directory has a config.json")
     return str(read_object(path, ConfigError).get("model_type", ""))
 

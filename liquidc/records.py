@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, TypeVar, cast
 
 from liquidc.errors import InputError
+from liquidc.files import read_file
 
 T = TypeVar("T")
 
@@ -44,9 +45,7 @@ def read_object(path: Path, error: type[InputError]) -> dict[str, Any]:
         error: it can't be read, is not JSON, or no object.
     """
     try:
-        data: Any = json.loads(path.read_bytes())
-    except OSError as problem:
-        raise error(f"{path}: can't be read ({problem.strerror})") from None
+        data: Any = json.loads(read_file(path, error))
     except (ValueError, RecursionError) as problem:
         raise error(f"{path}: not valid JSON ({problem})") from None
     if not isinstance(data, dict):

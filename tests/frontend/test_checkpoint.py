@@ -2,19 +2,27 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import math
+import os
+import re
+import shutil
+import socket
 import struct
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from safetensors import SafetensorError, deserialize
 from safetensors.torch import load_file, save_file
 
 from liquidc.errors import CheckpointError, LiquidWarning
-from liquidc.frontend.checkpoint import INDEX, SINGLE, CheckpointSource
+from liquidc.frontend.checkpoint import DTYPES, INDEX, SINGLE, CheckpointSource
 from liquidc.frontend.config import LiquidConfig
 from liquidc.frontend.model import LiquidForCausalLM
 from liquidc.ir import DType, TensorType
@@ -170,6 +178,55 @@ def test_no_weights(directory: Path) -> None:
         CheckpointSource(directory)
 
 
+FORMAT_DTYPES = {"BOOL": 8, "F4": 4, "F6_E2M3": 6, "F6_E3M2": 6, "U8": 8, "I8": 8, "F8_E5M2": 8}
+FORMAT_DTYPES |= {"F8_E4M3": 8, "F8_E8M0": 8, "F8_E4M3FNUZ": 8, "F8_E5M2FNUZ": 8, "I16": 16}
+FORMAT_DTYPES |= {"U16": 16, "F16": 16, "BF16": 16, "I32": 32, "U32": 32, "F32": 32, "C64": 64}
+FORMAT_DTYPES |= {"F64": 64, "I64": 64, "U64": 64}
+"""Bits of an element, by the names of safetensors 0.8."""
+
+
+def write_raw(path: Path, header: dict[str, object], body: bytes) -> None:
+    text = json.dumps(header).encode()
+    path.write_bytes(struct.pack("<Q", len(text)) + text + body)
+
+
+def with_more(directory: Path, dtype: str, bits: int) -> None:
+    """Add the tensor `more` of 8 elements, of any type, to the only file."""
+    tensors = load_file(directory / SINGLE)
+    header: dict[str, object] = {}
+    body = b""
+    for name, tensor in tensors.items():
+        data = tensor.numpy().tobytes()
+        places = [len(body), len(body) + len(data)]
+        header[name] = {"dtype": "F32", "shape": list(tensor.shape), "data_offsets": places}
+        body += data
+    header["more"] = {"dtype": dtype, "shape": [8], "data_offsets": [len(body), len(body) + bits]}
+    write_raw(directory / SINGLE, header, body + bytes([0xFF]) * bits)
+
+
+@pytest.mark.parametrize("dtype", [*FORMAT_DTYPES, "Q3_K", "F128"])
+def test_unused_tensors_may_have_any_element_type(dtype: str, directory: Path) -> None:
+    before = LiquidForCausalLM.from_directory(directory).state_dict()
+    with_more(directory, dtype, FORMAT_DTYPES.get(dtype, 5))
+    with pytest.warns(LiquidWarning, match=r"1 tensors that the model does not use: more"):
+        after = LiquidForCausalLM.from_directory(directory).state_dict()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    source = CheckpointSource(directory)
+    assert "more" in source.types()
+    assert len(source.types()) == len(list(source.types())) == len(before) + 1
+    if dtype not in DTYPES:
+        with pytest.raises(CheckpointError, match=f"the tensor more has elements of {dtype}; liqu"):
+            source.types()["more"]
+
+
+def test_the_element_types_are_those_of_the_library() -> None:
+    """Its error names all of them: one that is added shows here."""
+    empty = json.dumps({"a": {"dtype": "?", "shape": [], "data_offsets": [0, 0]}}).encode()
+    with pytest.raises(SafetensorError) as caught:
+        deserialize(struct.pack("<Q", len(empty)) + empty)
+    assert set(re.findall(r"`(\w+)`", str(caught.value))) - {"?"} == set(FORMAT_DTYPES)
+
+
 @pytest.mark.parametrize("file", ["../a.safetensors", "/a.safetensors", "a/b.safetensors", "..", 3])
 def test_the_index_stays_in_its_directory(file: object, directory: Path) -> None:
     places: dict[str, object] = dict(shard(directory))
@@ -179,11 +236,64 @@ def test_the_index_stays_in_its_directory(file: object, directory: Path) -> None
         CheckpointSource(directory)
 
 
-def test_shards_are_no_links_out(directory: Path, tmp_path: Path) -> None:
-    file = shard(directory)[NAME]
-    (directory / file).rename(tmp_path / "elsewhere.safetensors")
-    (directory / file).symlink_to(tmp_path / "elsewhere.safetensors")
-    with pytest.raises(CheckpointError, match=f"{file}: a link out of the directory"):
+def into_blobs(directory: Path) -> None:
+    """Make every file a link, as in the cache of the Hugging Face hub."""
+    blobs = directory.parent / "blobs"
+    blobs.mkdir()
+    for number, path in enumerate(sorted(directory.iterdir())):
+        path.rename(blobs / str(number))
+        path.symlink_to(Path("..") / "blobs" / str(number))
+
+
+@pytest.mark.parametrize("sharded", [False, True])
+def test_links_are_followed(sharded: bool, directory: Path) -> None:
+    places = shard(directory) if sharded else {}
+    plain = CheckpointSource(directory)
+    want = (plain.sha256, plain.types(), plain.read(NAME).tolist())
+    into_blobs(directory)
+    linked = CheckpointSource(directory)
+    assert (linked.sha256, linked.types(), linked.read(NAME).tolist()) == want
+    assert torch.equal(
+        LiquidForCausalLM.from_directory(directory).state_dict()[NAME].data, plain.read(NAME)
+    )
+    (directory / (places[NAME] if sharded else SINGLE)).resolve().unlink()
+    with pytest.raises(CheckpointError, match="the link leads to no file"):
+        CheckpointSource(directory)
+
+
+def no_file(path: Path, kind: str) -> None:
+    """Put something that is no file in the place of one."""
+    path.unlink()
+    match kind:
+        case "fifo":
+            os.mkfifo(path)
+        case "device":
+            path.symlink_to("/dev/zero")
+        case "directory":
+            path.mkdir()
+        case "loop":
+            path.symlink_to(path.name)
+        case "socket":
+            with contextlib.chdir(path.parent), socket.socket(socket.AF_UNIX) as made:
+                made.bind(path.name)  # the path of a socket is at most 108 bytes long
+
+
+@pytest.mark.parametrize("kind", ["fifo", "device", "directory", "loop", "socket"])
+def test_nothing_but_files_is_opened(kind: str, directory: Path) -> None:
+    """A FIFO would wait for a writer, and a device may never end."""
+    single = (directory / SINGLE).read_bytes()
+    part = shard(directory)[NAME]
+    for name in (part, INDEX):
+        kept = (directory / name).read_bytes()
+        no_file(directory / name, kind)
+        with pytest.raises(CheckpointError, match=rf"{name}: can't be read \(") as caught:
+            CheckpointSource(directory)
+        assert "\n" not in str(caught.value)
+        shutil.rmtree(directory / name) if kind == "directory" else (directory / name).unlink()
+        (directory / name).write_bytes(kept)
+    (directory / SINGLE).write_bytes(single)
+    no_file(directory / SINGLE, kind)
+    with pytest.raises(CheckpointError, match=rf"{SINGLE}: can't be read \("):
         CheckpointSource(directory)
 
 
@@ -270,3 +380,40 @@ def test_headers_are_fuzzed(tmp_path: Path, data: st.DataObject) -> None:
     except CheckpointError as error:
         message = str(error)
     assert "\n" not in message
+
+
+def by_library(data: bytes) -> bool:
+    try:
+        deserialize(data)
+    except SafetensorError:
+        return False
+    return True
+
+
+@settings(max_examples=300, deadline=None, suppress_health_check=list(HealthCheck))
+@given(st.data())
+def test_headers_are_judged_as_by_the_library(tmp_path: Path, data: st.DataObject) -> None:
+    """What it accepts is accepted; what is accepted beside that has an element type of its own."""
+    draw = data.draw
+    header: dict[str, Any] = {}
+    at = 0
+    for name in draw(st.lists(st.sampled_from("abc"), max_size=3, unique=True)):
+        dtype = draw(st.sampled_from(["F32", "BF16", "BOOL", "C64", "F8_E4M3", "I3"]))
+        shape = draw(st.lists(st.integers(0, 3), max_size=2))
+        size = math.prod(shape) * FORMAT_DTYPES.get(dtype, 8) // 8
+        size = max(0, size + draw(st.sampled_from([0] * 8 + [1, -1])))
+        begin = max(0, at + draw(st.sampled_from([0] * 8 + [1, -1])))
+        header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [begin, begin + size]}
+        at = begin + size
+    if draw(st.booleans()):
+        header["__metadata__"] = {"format": "pt"}
+    body = bytes(max(0, at + draw(st.sampled_from([0] * 8 + [1, -1]))))
+    write_raw(tmp_path / SINGLE, header, body)
+    theirs = by_library((tmp_path / SINGLE).read_bytes())
+    try:
+        CheckpointSource(tmp_path)
+        ours = True
+    except CheckpointError:
+        ours = False
+    unread = {entry["dtype"] for n, entry in header.items() if n[0] != "_"} - DTYPES.keys()
+    assert ours == theirs or (ours and unread)
