@@ -90,7 +90,7 @@ class CheckpointSource:
     def types(self) -> Mapping[str, TensorType]:
         """Element type and shape of every tensor.
 
-        A lookup raises `CheckpointError` if the element type is not supported: a tensor that nothing
+        A lookup raises `CheckpointError` if the element type is not supported: tensors that nothing
         reads may have any.
         """
         return _Types(self)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import datetime
 import json
+import os
 import sys
 from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
@@ -23,15 +24,14 @@ from jinja2.runtime import Context
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from liquidc.errors import InputError
-from liquidc.inputs import TEMPLATE, TOKENIZER_CONFIG
-from liquidc.records import read_object
+from liquidc.files import read_file
+from liquidc.inputs import TEMPLATE
+from liquidc.special_tokens import TOKENIZER_CONFIG, read_special_tokens
 
 LARGEST = 1 << 20
 """Characters that a template may write, and items that a product in it may have."""
 LINES = 1_000_000
 """Lines of a template's code that may be run for one conversation."""
-TOKENS = ("bos_token", "eos_token", "unk_token", "pad_token")
-"""Special tokens that templates know by name."""
 
 Message = Mapping[str, Any]
 
@@ -42,7 +42,7 @@ class ChatTemplate:
     Args:
         text: in Jinja.
         where: its file, for messages.
-        tokens: texts of special tokens, by `TOKENS`.
+        tokens: texts of special tokens, by names such as `bos_token`.
 
     Raises:
         InputError: it is no template.
@@ -116,14 +116,13 @@ def read_chat_template(directory: Path) -> ChatTemplate | None:
     Raises:
         InputError: a file is damaged.
     """
-    path = directory / TOKENIZER_CONFIG
-    config = read_object(path, InputError) if path.exists() else {}
-    tokens = {name: text for name in TOKENS if (text := _text(config.get(name))) is not None}
+    path, special = directory / TOKENIZER_CONFIG, read_special_tokens(directory)
+    config, tokens = special.config, special.named
     alone = directory / TEMPLATE
-    if alone.exists():
+    if os.path.lexists(alone):
         try:
-            return ChatTemplate(alone.read_text(encoding="utf-8"), alone, tokens)
-        except (OSError, UnicodeDecodeError) as error:
+            return ChatTemplate(read_file(alone, InputError).decode(), alone, tokens)
+        except UnicodeDecodeError as error:
             raise InputError(f"{alone}: can't be read ({_line(error)})") from None
     found = config.get("chat_template")
     if isinstance(found, list):
@@ -141,13 +140,6 @@ def _default(path: Path, named: list[Any]) -> object:
         return {each["name"]: each["template"] for each in named}.get("default")
     except (TypeError, KeyError):
         raise InputError(f"{path}: chat_template must be a list of names and templates") from None
-
-
-def _text(token: object) -> str | None:
-    """A special token, which is a text or an object with its `content`."""
-    if isinstance(token, dict):
-        token = cast("dict[str, Any]", token).get("content")
-    return token if isinstance(token, str) else None
 
 
 class _Sandbox(ImmutableSandboxedEnvironment):

@@ -4,22 +4,32 @@ from __future__ import annotations
 
 import hashlib
 import os
+import warnings
 from collections.abc import Mapping
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, cast
 
-from liquidc.errors import CheckpointError, ConfigError, InputError
+from liquidc.errors import CheckpointError, ConfigError, InputError, LiquidWarning
 from liquidc.files import read_file
 from liquidc.generation import GENERATION, read_generation
 from liquidc.ir.core import Module
 from liquidc.ir.weights import WeightSource
 from liquidc.records import canonical, read_object
+from liquidc.special_tokens import SPECIAL_TOKENS_MAP, TOKENIZER_CONFIG
 
 if TYPE_CHECKING:
     import torch
 
-TOKENIZER_CONFIG, TEMPLATE = "tokenizer_config.json", "chat_template.jinja"
-COPIED = ("config.json", GENERATION, "tokenizer.json", TOKENIZER_CONFIG, TEMPLATE)
+TEMPLATE = "chat_template.jinja"
+COPIED = (
+    "config.json",
+    GENERATION,
+    "tokenizer.json",
+    TOKENIZER_CONFIG,
+    SPECIAL_TOKENS_MAP,
+    TEMPLATE,
+)
 """Files of a model that become part of the engine, where they exist."""
 
 
@@ -104,13 +114,19 @@ class DirectoryInput:
 
     def files(self) -> dict[str, bytes]:
         """See `ModelInput`."""
+        return dict(self._files)
+
+    @cached_property
+    def _files(self) -> dict[str, bytes]:
+        """The files to copy, by name; what is damaged is refused, what is odd is told."""
         paths = {name: self._path / name for name in COPIED if os.path.lexists(self._path / name)}
         found = {name: read_file(path, InputError) for name, path in paths.items()}
         read_generation(self._path)
         if "tokenizer.json" in found:
             from liquidc.tokenizer import Tokenizer
 
-            Tokenizer(paths["tokenizer.json"])
+            for note in Tokenizer(paths["tokenizer.json"]).notes():
+                warnings.warn(note, LiquidWarning, stacklevel=2)
         if found.keys() & {TOKENIZER_CONFIG, TEMPLATE}:
             from liquidc.chat import read_chat_template
 

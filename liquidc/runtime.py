@@ -23,6 +23,7 @@ from liquidc.generation import Generation, read_generation
 from liquidc.manifest import Manifest
 from liquidc.sampling import Sampler
 from liquidc.session import DepthControls, Ids, Session, StepResult, check_controls, check_ids
+from liquidc.special_tokens import is_text
 from liquidc.tokenizer import StopFilter, TextStream, Tokenizer
 
 if TYPE_CHECKING:
@@ -201,7 +202,8 @@ class Engine:
         """Continue a prompt.
 
         It ends after `max_new_tokens`, when the context is full, at an end-of-text token, at a
-        token of `stop`, or at a string of `stop`; what ends it is not part of the result. Tokens
+        token of `stop`, or at a string of `stop`; what ends it is not part of the result. A string
+        that is the text of a special token, which no output shows, ends it as that token. Tokens
         whose text may be the beginning of a stop string come once that is decided.
 
         Args:
@@ -236,10 +238,7 @@ class Engine:
                 max_new_tokens = max(1, min(max_new_tokens, wants.max_length - len(ids)))
         if max_new_tokens < 1:
             raise InputError(f"max_new_tokens must be 1 or more, not {max_new_tokens}")
-        if any(stop_text == "" for stop_text in stop):
-            raise InputError("a stop string is empty")
-        if self.tokenizer is None and any(isinstance(text, str) for text in stop):
-            raise InputError("the engine has no tokenizer: give stop tokens as ids")
+        ends, texts = self._stops(stop)
         force = None if gate_force is None else tuple(int(value) for value in gate_force)
         depth = DepthControls(gate_bias, min_depth, force)
         check_controls(self.manifest, depth)
@@ -255,7 +254,29 @@ class Engine:
         )
         capacity = len(ids) + max_new_tokens - 1
         session = self.session(capacity=capacity if context is None else min(capacity, context))
-        return self._generate(ids, max_new_tokens, session, sampler, depth, stop)
+        return self._generate(ids, max_new_tokens, session, sampler, depth, ends, texts)
+
+    def _stops(self, stop: Sequence[str | int]) -> tuple[frozenset[int], tuple[str, ...]]:
+        """Tokens and texts that end a generation; the text of a special token is also a token.
+
+        Raises:
+            InputError: an id is not in the vocabulary, or a text can't be found in any output.
+        """
+        texts = tuple(text for text in stop if isinstance(text, str))
+        ids = [int(token) for token in stop if not isinstance(token, str)]
+        check_ids(self.manifest, ids)
+        if self.tokenizer is None:
+            if texts:
+                raise InputError("the engine has no tokenizer: give stop tokens as ids")
+            return frozenset(ids), ()
+        for text in texts:
+            if not text:
+                raise InputError("a stop string is empty")
+            if not is_text(text):
+                raise InputError(f"the stop string {text!r:.80} is not valid Unicode text")
+            if (token := self.tokenizer.special_id(text)) is not None:
+                ids.append(token)
+        return frozenset(ids), texts
 
     def _generate(
         self,
@@ -264,12 +285,13 @@ class Engine:
         session: Session,
         sampler: Sampler,
         depth: DepthControls,
-        stop: Sequence[str | int],
+        ends: frozenset[int],
+        stop: Sequence[str],
     ) -> Iterator[Token]:
-        ends = self.generation.eos | {token for token in stop if isinstance(token, int)}
+        ends |= self.generation.eos
         decode = self.tokenizer.decode if self.tokenizer is not None else _no_text
         stream = TextStream(decode)
-        stops = StopFilter[Token]([text for text in stop if isinstance(text, str)])
+        stops = StopFilter[Token](stop)
         waiting: list[Token] = []
         piece = ""
         seen = set(ids)

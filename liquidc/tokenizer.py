@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import os
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from liquidc.errors import InputError
+from liquidc.files import read_file
+from liquidc.records import read_object
+from liquidc.special_tokens import TOKENIZER_CONFIG, SpecialTokens, is_text, read_special_tokens
 
 if TYPE_CHECKING:
     import tokenizers
@@ -21,44 +25,142 @@ T = TypeVar("T")
 
 
 class Tokenizer:
-    """A `tokenizer.json`.
+    """A `tokenizer.json`, with the special tokens that the files beside it name.
+
+    Text is encoded as by transformers 5.23: `truncation` and `padding` of the file are ignored, and
+    its `post_processor` decides alone which tokens are put around a text (`add_bos_token` and
+    `add_eos_token` of tokenizer_config.json have no effect beside a tokenizer.json).
+
+    Attributes:
+        named: texts of special tokens by their names, such as `bos_token`.
 
     Raises:
-        InputError: the file can't be read.
+        InputError: a file can't be read.
     """
 
     def __init__(self, path: Path) -> None:
         import tokenizers
 
+        data = read_file(path, InputError)
+        special = read_special_tokens(path.parent)
         try:
-            self._inner: tokenizers.Tokenizer = tokenizers.Tokenizer.from_file(str(path))
+            inner = tokenizers.Tokenizer.from_buffer(data)
+            _add_tokens(inner, special)
         except Exception as error:  # the library raises no narrower class
             raise InputError(f"{path}: not a tokenizer.json ({error})") from None
+        inner.no_truncation()
+        inner.no_padding()
+        if _adds_nothing(special.config, path.with_name("config.json")):
+            inner.post_processor = tokenizers.processors.TemplateProcessing(
+                single="$A", pair="$A $B"
+            )
+        self._path, self._inner = path, inner
+        self.named, self._config = special.named, special.config
+        added = inner.get_added_tokens_decoder().items()
+        self._special = {token.content: index for index, token in added if token.special}
 
     @property
     def vocabulary(self) -> int:
         """Number of tokens."""
         return self._inner.get_vocab_size()
 
+    def notes(self) -> list[str]:
+        """What tokenizer_config.json asks for and transformers does not do either."""
+        around = self.encode("")
+        told: list[str] = []
+        for kind in ("bos", "eos"):
+            asked, token = self._config.get(f"add_{kind}_token"), self.named.get(f"{kind}_token")
+            does = token is not None and self._inner.token_to_id(token) in around
+            if isinstance(asked, bool) and token is not None and asked != does:
+                told.append(
+                    f"{self._path.with_name(TOKENIZER_CONFIG)}: add_{kind}_token is "
+                    f"{str(asked).lower()}, but the post_processor of {self._path.name} adds "
+                    f"{'the token' if does else 'no such token'}; the latter is followed, as by "
+                    "transformers"
+                )
+        return told
+
+    def special_id(self, text: str) -> int | None:
+        """The id of the special token with exactly this text, which `decode` leaves out.
+
+        Raises:
+            InputError: a special token is only a part of the text.
+        """
+        if text in self._special:
+            return self._special[text]
+        if part := max((t for t in self._special if t and t in text), key=len, default=""):
+            raise InputError(
+                f"{text!r:.80} contains the special token {part!r}, which is not part of any text "
+                f"that is generated; give {part!r} alone"
+            )
+        return None
+
     def encode(self, text: str, *, special: bool = True) -> list[int]:
         """Token ids of a text, with the special tokens that the tokenizer puts around it.
 
         `special` False: without them; those that are written in the text are read either way.
+
+        Raises:
+            InputError: the text holds a lone surrogate, so it has no UTF-8.
         """
-        return list(self._inner.encode(text, add_special_tokens=special).ids)
+        return list(self._encoding(text, special).ids)
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of token ids, special tokens left out."""
         return self._inner.decode(list(ids))
 
     def spans(self, text: str) -> tuple[list[int], list[int]]:
-        """Token ids of a text, and for each token the byte of the text where it starts."""
-        encoding = self._inner.encode(text)
+        """Token ids of a text, and for each token the byte of the text where it starts.
+
+        Raises:
+            InputError: as `encode`.
+        """
+        encoding = self._encoding(text, True)
         sizes = [len(character.encode()) for character in text]
         starts = [0]
         for size in sizes:
             starts.append(starts[-1] + size)
         return list(encoding.ids), [starts[begin] for begin, _ in encoding.offsets]
+
+    def _encoding(self, text: str, special: bool) -> tokenizers.Encoding:
+        if not is_text(text):
+            raise InputError(f"{text!r:.80} is not valid Unicode text: it holds a lone surrogate")
+        return self._inner.encode(text, add_special_tokens=special)
+
+
+def _add_tokens(inner: tokenizers.Tokenizer, special: SpecialTokens) -> None:
+    """Add what tokenizer.json lacks, as `TokenizersBackend.__init__` of transformers does."""
+    from tokenizers import AddedToken
+
+    known = {token.content: repr(token) for token in inner.get_added_tokens_decoder().values()}
+    for token in special.listed:
+        made = AddedToken(token.content, **token.flags)
+        if repr(made) != known.get(token.content):
+            made.special |= token.content in special.named.values()
+            inner.add_tokens([made])
+    known |= {token.content: "" for token in special.listed}
+    for token in special.added:
+        if token.content not in known:
+            inner.add_tokens([AddedToken(token.content, **token.flags)])
+
+
+def _adds_nothing(tokenizer_config: Mapping[str, Any], config: Path) -> bool:
+    """Whether a model's class of tokenizers replaces the post-processor by one that adds nothing.
+
+    `GPTNeoXTokenizer` of transformers does, and is also the class of OLMoE if none is named.
+    """
+    model = read_object(config, InputError) if os.path.lexists(config) else {}
+    kind = model.get("model_type")
+    named = tokenizer_config.get("tokenizer_class") or model.get("tokenizer_class")
+    if kind in (
+        "mistral",
+        "mixtral",
+        "qwen2",
+    ):  # these have a class of their own, whatever is named
+        return False
+    if named is None:
+        return kind == "olmoe"
+    return str(named).removesuffix("Fast") == "GPTNeoXTokenizer"
 
 
 class TextStream:

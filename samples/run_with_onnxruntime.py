@@ -18,6 +18,7 @@ def generate(engine: Path, prompt: str, new_tokens: int) -> str:
     """The prompt's greedy continuation; prints how many layers each token ran."""
     manifest = json.loads((engine / "manifest.json").read_text())
     tokenizer = Tokenizer.from_file(str(engine / "tokenizer.json"))
+    tokenizer.no_truncation()  # what the file asks for here is for training
     session = ort.InferenceSession(str(engine / manifest["artifact"]["model"]))
     ids = tokenizer.encode(prompt).ids
 

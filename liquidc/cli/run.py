@@ -58,7 +58,8 @@ Examples:
     help="Above 1: fewer repetitions.  [default: the model's, or 1]",
 )
 @click.option("--seed", default=0, show_default=True, help="Of the sampling.")
-@click.option("--stop", multiple=True, help="End before this text; repeatable.")
+@click.option("--stop", multiple=True, help="End before this text or token; repeatable.")
+@click.option("--stop-id", type=int, multiple=True, help="End before this token; repeatable.")
 @click.option("--depth-bias", default=0.0, show_default=True, help="Above 0 runs more layers.")
 @click.option("--min-depth", default=0, show_default=True, help="Layers that every token runs.")
 @click.option("--show-depth", is_flag=True, help="Colour tokens by the layers that they ran.")
@@ -78,6 +79,7 @@ def command(
     repetition_penalty: float | None,
     seed: int,
     stop: tuple[str, ...],
+    stop_id: tuple[int, ...],
     depth_bias: float,
     min_depth: int,
     show_depth: bool,
@@ -116,7 +118,7 @@ def command(
                 min_p=min_p,
                 repetition_penalty=repetition_penalty,
                 seed=seed,
-                stop=stop,
+                stop=(*stop, *stop_id),
                 gate_bias=depth_bias,
                 min_depth=min_depth,
             ):
