@@ -121,17 +121,20 @@ class DirectoryInput:
         """The files to copy, by name; what is damaged is refused, what is odd is told."""
         paths = {name: self._path / name for name in COPIED if os.path.lexists(self._path / name)}
         found = {name: read_file(path, InputError) for name, path in paths.items()}
-        read_generation(self._path)
+        wants, where = read_generation(self._path), self._path / GENERATION
+        notes = [f"{where}: {note}" for note in wants.notes]
+        notes += [f"{where}: {name} is not followed" for name in wants.unsupported]
         if "tokenizer.json" in found:
             from liquidc.tokenizer import Tokenizer
 
-            for note in Tokenizer(paths["tokenizer.json"]).notes():
-                warnings.warn(note, LiquidWarning, stacklevel=2)
+            notes += Tokenizer(paths["tokenizer.json"]).notes()
         if found.keys() & {TOKENIZER_CONFIG, TEMPLATE}:
             from liquidc.chat import read_chat_template
 
             if (template := read_chat_template(self._path)) is not None:
                 template.check()
+        for note in notes:
+            warnings.warn(note, LiquidWarning, stacklevel=2)
         return found
 
 

@@ -106,7 +106,9 @@ class Sampler:
 
     def _kept(self, scores: NDArray[Any]) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
         """The tokens that may be drawn, most probable first, and sums of their probabilities."""
-        scores = scores.astype(np.float64) / self.temperature
+        scores = scores.astype(np.float64)
+        with np.errstate(over="ignore"):  # to -inf, at a tiny temperature
+            scores = (scores - scores.max()) / self.temperature
         if 0 < self.top_k < len(scores):
             least = np.partition(scores, -self.top_k)[-self.top_k]
             scores = np.where(scores < least, -np.inf, scores)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from liquidc.errors import ConfigError
+from liquidc.errors import ConfigError, LiquidWarning
 from liquidc.generation import GENERATION, Generation, read_generation
 from liquidc.sampling import Sampler
 from tests.liquidc.conftest import save_model
@@ -64,16 +65,61 @@ def test_what_is_not_followed_is_named(tmp_path: Path) -> None:
     assert found.unsupported == ("num_beams", "stop_strings")
 
 
+ODD = {
+    "temperature 0": ({"temperature": 0.0}, {"temperature": 0.0}, "temperature is 0, so the most"),
+    "tiny": ({"temperature": 1e-6}, {"temperature": 1e-6}, ""),
+    "top_k -1": ({"top_k": -1}, {"top_k": 0}, "top_k is -1, read as 0: all tokens"),
+    "top_k 0.0": ({"top_k": 0.0}, {"top_k": 0}, "top_k is 0, read as an integer"),
+    "top_k 50.0": ({"top_k": 50.0}, {"top_k": 50}, "top_k is 50, read as an integer"),
+    "top_k large": ({"top_k": 10**12}, {"top_k": 2**31 - 1}, ""),
+    "top_p 0": ({"top_p": 0}, {"temperature": 0.0}, "top_p is 0, so the most probable"),
+    "top_p 1.5": ({"top_p": 1.5}, {"top_p": 1.0}, "top_p is 1.5, read as 1"),
+    "integers": ({"repetition_penalty": 1, "top_p": 1, "min_p": 0}, {}, ""),
+    "no limit": ({"max_length": 1e30}, {"max_length": 2**31 - 1}, "max_length is 1e+30, read as"),
+    "ids as text": (
+        {"eos_token_id": "2"},
+        {"eos": frozenset({2})},
+        "eos_token_id is '2', read as 2",
+    ),
+    "ids as numbers": ({"eos_token_id": [3, 2.0]}, {"eos": frozenset({2, 3})}, "is 2.0, read as 2"),
+    "other ids": ({"eos_token_id": [2, -1], "pad_token_id": -1}, {"eos": frozenset({2, -1})}, ""),
+    "no ids": ({"eos_token_id": []}, {}, ""),
+    "unknown": ({"cache_implementation": "static", "unknown": {"a": [1]}, "_x": True}, {}, ""),
+}
+
+
+@pytest.mark.parametrize("kind", ODD)
+def test_odd_values_are_read_and_told(kind: str, tmp_path: Path) -> None:
+    fields, want, note = ODD[kind]
+    found = read(tmp_path, do_sample=True, **fields)
+    assert found == replace(Generation(temperature=1.0, top_k=50), **want)
+    assert len(found.notes) == bool(note)
+    assert note in "".join(found.notes)
+
+
+def test_what_is_left_over_without_sampling_is_told(tmp_path: Path) -> None:
+    left = {"temperature": 0.0, "top_p": 0.6, "top_k": 1, "typical_p": "any", "min_p": None}
+    for sampling in ({"do_sample": False}, {"do_sample": None}, {}):
+        found = read(tmp_path, **sampling, **left)
+        assert found == Generation()
+        (note,) = found.notes
+        assert (
+            note == "do_sample is not true, so temperature, top_k, top_p, typical_p change nothing"
+        )
+    assert read(tmp_path, temperature=1, top_k=50, top_p=1.0).notes == ()
+    assert read(tmp_path, do_sample=True, typical_p=0.9).unsupported == ("typical_p",)
+
+
 WRONG = {
-    "temperature": [0.0, -1.0, "x", True, [], 1e999],
-    "top_k": [-1, 1.5, "x"],
-    "top_p": [0.0, 1.1, "x"],
+    "temperature": [-1.0, "x", True, [], 1e999],
+    "top_k": [-2, 1.5, "x", True],
+    "top_p": [-0.1, "x"],
     "min_p": [-0.1, 1.1],
     "repetition_penalty": [0.0, "x"],
     "max_new_tokens": [0, 1.5],
     "max_length": [0, "x"],
     "do_sample": [1, "x"],
-    "eos_token_id": ["x", [1, "x"], [[1]], 1.5, {}],
+    "eos_token_id": ["x", [1, "x"], [[1]], 1.5, {}, True, "-1", [None]],
 }
 
 
@@ -146,10 +192,20 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_model(tmp_path_factory.mktemp("generation") / "model")
 
 
+@pytest.mark.parametrize("temperature", [1e-6, 1e-300, 5e-324])
+def test_a_tiny_temperature_takes_the_best(temperature: float) -> None:
+    logits = np.array([1.0, 3.0, -2.0, 2.999], np.float32) * 1e4
+    sampler = Sampler(temperature, top_k=3, top_p=0.9, min_p=0.1)
+    np.testing.assert_array_equal(sampler.probabilities(logits), [0, 1, 0, 0])
+    assert sampler.pick(logits)[0] == 1
+
+
 def test_run_does_what_the_model_asks_for_unless_told(model: Path, tmp_path: Path) -> None:
     wants = {"do_sample": True, "temperature": 5.0, "max_new_tokens": 9, "num_beams": 2}
     (model / GENERATION).write_text(json.dumps(wants))
-    ok("compile", model, "-o", tmp_path / "e", "--target", "null")
+    with pytest.warns(LiquidWarning, match=f"{GENERATION}: num_beams is not followed") as told:
+        ok("compile", model, "-o", tmp_path / "e", "--target", "null")
+    assert len(told) == 1
     ids = ("run", tmp_path / "e", "--ids", "65,66")
     texts = {tuple(t["id"] for t in ok(*ids, "--seed", seed)["tokens"]) for seed in range(4)}
     assert len(texts) > 1
