@@ -114,7 +114,10 @@ class Corpus:
     def _encoded(self, text: str) -> list[int]:
         if self._encode is None:
             raise InputError(f"{self.path}: the model has no tokenizer; give documents as ids")
-        return self._encode(text) if text else []
+        try:
+            return self._encode(text) if text else []
+        except InputError as error:
+            raise InputError(f"{self.path}: {error}") from None
 
     def _document(self, line: bytes, at: int) -> list[int]:
         text = self._text(line, at)

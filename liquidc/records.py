@@ -33,9 +33,12 @@ def to_json(value: Any) -> Any:
 
 
 def canonical(value: Any) -> bytes:
-    """The one way to write a JSON value: sorted keys, two spaces, UTF-8, a final newline."""
+    """The one way to write a JSON value: sorted keys, two spaces, UTF-8, a final newline.
+
+    Bytes of a path that are not UTF-8 are written as the escapes that JSON has for them.
+    """
     text = json.dumps(value, sort_keys=True, indent=2, ensure_ascii=False, allow_nan=False)
-    return (text + "\n").encode()
+    return (text + "\n").encode(errors="backslashreplace")
 
 
 def read_object(path: Path, error: type[InputError]) -> dict[str, Any]:

@@ -23,7 +23,7 @@ from liquidc.generation import Generation, read_generation
 from liquidc.manifest import Manifest
 from liquidc.sampling import Sampler
 from liquidc.session import DepthControls, Ids, Session, StepResult, check_controls, check_ids
-from liquidc.special_tokens import is_text
+from liquidc.text import is_text
 from liquidc.tokenizer import StopFilter, TextStream, Tokenizer
 
 if TYPE_CHECKING:

@@ -14,6 +14,7 @@ from typing import Any, cast
 
 from liquidc.errors import InputError
 from liquidc.records import read_object
+from liquidc.text import is_text
 
 TOKENIZER_CONFIG, SPECIAL_TOKENS_MAP = "tokenizer_config.json", "special_tokens_map.json"
 NAMES = tuple(f"{kind}_token" for kind in ("bos", "eos", "unk", "sep", "pad", "cls", "mask"))
@@ -81,11 +82,6 @@ def read_special_tokens(directory: Path) -> SpecialTokens:
         (*named.values(), *unnamed),
         config,
     )
-
-
-def is_text(text: str) -> bool:
-    """Whether a string can be written in UTF-8: it holds no lone surrogate."""
-    return text.isascii() or not any("\ud800" <= character <= "\udfff" for character in text)
 
 
 def _listed(path: Path, told: object) -> Iterator[AddedToken]:

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar
 from liquidc.errors import InputError
 from liquidc.files import read_file
 from liquidc.records import read_object
-from liquidc.special_tokens import TOKENIZER_CONFIG, SpecialTokens, is_text, read_special_tokens
+from liquidc.special_tokens import TOKENIZER_CONFIG, SpecialTokens, read_special_tokens
+from liquidc.text import is_text
 
 if TYPE_CHECKING:
     import tokenizers

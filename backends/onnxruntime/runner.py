@@ -17,8 +17,9 @@ from numpy.typing import NDArray
 
 from liquidc.backends.base import Arrays, Cache, Guard, Runner, RunnerOptions, Trace, path_gates
 from liquidc.backends.onnxruntime.huge_pages import huge_pages
-from liquidc.errors import InternalError
+from liquidc.errors import InputError, InternalError
 from liquidc.ir import DType
+from liquidc.text import is_text
 
 if TYPE_CHECKING:
     from liquidc.manifest import Manifest
@@ -99,6 +100,9 @@ class OrtRunner(Runner):
         options: threads and whether this is a measurement.
         profile: prefix of the profiler's file; None runs without it.
         model: the graph, if it is not the engine's main one.
+
+    Raises:
+        InputError: the path of the engine is not UTF-8.
     """
 
     bench_note = "session.force_spinning_stop=1"
@@ -123,6 +127,8 @@ class OrtRunner(Runner):
             settings.profile_file_prefix = profile
         self._engine, self._manifest, self._options = engine, manifest, options
         path = engine / (model or str(manifest.artifact["model"]))
+        if not is_text(str(path)):
+            raise InputError(f"{path}: ONNX Runtime opens UTF-8 paths alone; rename the directory")
         with huge_pages():
             self._session: Any = ort.InferenceSession(
                 str(path), settings, providers=["CPUExecutionProvider"]

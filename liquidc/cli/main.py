@@ -17,7 +17,7 @@ from typing import Any, cast
 
 import click
 
-from liquidc.cli.output import emit_error
+from liquidc.cli.output import Text, emit_error
 from liquidc.errors import LiquidError, LiquidWarning
 from liquidc.knobs import debug
 from liquidc.version import __version__
@@ -48,7 +48,11 @@ class LazyGroup(click.Group):
         if cmd_name not in VERBS:
             return None
         module = importlib.import_module(f"liquidc.cli.{cmd_name.replace('-', '_')}")
-        return cast(click.Command, module.command)
+        command = cast(click.Command, module.command)
+        for parameter in command.params:
+            if type(parameter.type) is click.types.StringParamType:
+                parameter.type = Text()
+        return command
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """The list of verbs, written without importing any."""
@@ -70,6 +74,10 @@ class LazyGroup(click.Group):
             code = 128 + signal.SIGPIPE
         except (Exception, KeyboardInterrupt) as error:
             code = report(error, trace=trace, as_json=as_json)
+            try:
+                sys.stdout.flush()
+            except OSError:
+                _silence_stdout()
         sys.exit(code or 0)
 
 
@@ -108,7 +116,7 @@ def explain(error: BaseException) -> tuple[int, str]:
 
 
 def _silence_stdout() -> None:
-    """Keep Python from failing again when it flushes the broken pipe at exit."""
+    """Keep Python from failing again when it flushes at exit what can't be written."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
@@ -138,9 +146,16 @@ def cli(ctx: click.Context, traceback: bool) -> None:
 
 def main() -> None:
     """Entry point of the console script."""
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="replace")
+    for name, mode, errors in (
+        ("stdin", "r", "strict"),
+        ("stdout", "w", "replace"),
+        ("stderr", "w", "replace"),
+    ):
+        stream = getattr(sys, name)
+        if stream is None:  # it was closed
+            setattr(sys, name, open(os.devnull, mode))
+        elif isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors=errors)
     warnings.simplefilter("ignore")
     warnings.simplefilter("always", LiquidWarning)
     warnings.showwarning = _warn

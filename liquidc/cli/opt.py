@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import click
 
 from liquidc.cli.compile import show_statistics
-from liquidc.cli.output import emit_json, json_option
+from liquidc.cli.output import decoding, emit_json, json_option
 
 if TYPE_CHECKING:
     from liquidc.ir.rewriter import Statistics
@@ -57,7 +57,7 @@ def command(
     from liquidc.ir.rewriter import Statistics
 
     plan = plan_passes(split_passes(passes), ())
-    text = sys.stdin.read() if str(file) == "-" else _read(file)
+    text = _read(file)
     module = parse_module(text, "<stdin>" if str(file) == "-" else str(file))
     verify(module)
     statistics = Statistics()
@@ -88,6 +88,9 @@ def command(
 def _read(path: Path) -> str:
     from liquidc.errors import InputError
 
+    if str(path) == "-":
+        with decoding("standard input"):
+            return sys.stdin.read()
     try:
         return path.read_text(encoding="utf-8")
     except UnicodeDecodeError:

@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
+from liquidc.errors import InputError
+from liquidc.text import is_text
 from liquidc.version import __version__
 
 if TYPE_CHECKING:
@@ -38,17 +40,47 @@ def json_option(function: F) -> F:
 def emit_json(result: dict[str, Any]) -> None:
     """Print a result as JSON, with the versions that every result carries."""
     complete = {"schema": SCHEMA, "liquidc": __version__, **result}
-    click.echo(json.dumps(complete, indent=2, ensure_ascii=False))
+    text = json.dumps(complete, indent=2, ensure_ascii=False)
+    try:
+        text.encode(sys.stdout.encoding or "utf-8")
+    except UnicodeEncodeError:
+        text = json.dumps(complete, indent=2)
+    click.echo(text)
 
 
 def emit_error(message: str, code: int, *, as_json: bool) -> None:
-    """Print an error; nothing for an empty message."""
+    """Print an error, where anything can be printed; nothing for an empty message."""
     if not message:
         return
-    with contextlib.suppress(BrokenPipeError):
+    with contextlib.suppress(OSError):
         click.echo(f"error: {message}", err=True)
+    with contextlib.suppress(OSError):
         if as_json:
             emit_json({"error": message, "exit_code": code})
+
+
+@contextlib.contextmanager
+def decoding(source: str) -> Generator[None]:
+    """Say in one line that standard input can't be decoded.
+
+    Raises:
+        InputError: the block read bytes that are not text in the encoding of the locale.
+    """
+    try:
+        yield
+    except UnicodeDecodeError as error:
+        raise InputError(f"{source}: not {error.encoding.upper()} text; convert it") from None
+
+
+class Text(click.types.StringParamType):
+    """A text on the command line, which must be valid in the encoding of the locale."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        """See the base class."""
+        text = super().convert(value, param, ctx)
+        if not is_text(text):
+            self.fail(f"{text!r:.80} is not UTF-8 text.", param, ctx)
+        return text
 
 
 def console(*, stderr: bool = False) -> Console:

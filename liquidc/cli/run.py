@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from liquidc.cli.output import emit_json, json_option
+from liquidc.cli.output import decoding, emit_json, json_option
 
 if TYPE_CHECKING:
     from rich.style import Style
@@ -161,7 +161,8 @@ def _lines(*, ask: bool) -> Iterator[str]:
     while True:
         if asking:
             click.echo("> ", nl=False)
-        line = sys.stdin.readline()
+        with decoding("standard input"):
+            line = sys.stdin.readline()
         if not line:
             return
         if line.strip():
@@ -180,7 +181,8 @@ def _parse_ids(text: str) -> list[int]:
 def _read_prompt() -> str:
     if sys.stdin.isatty():
         raise click.UsageError("Give --prompt or --ids.", click.get_current_context())
-    return sys.stdin.read().rstrip("\n")
+    with decoding("standard input"):
+        return sys.stdin.read().rstrip("\n")
 
 
 def _result(
