@@ -34,12 +34,19 @@ ALLOWED = {
         "liquidc.machine",
         "liquidc.profile",
     },
-    "liquidc.frontend": {"liquidc.frontend", "liquidc.ir", "liquidc.errors", "liquidc.records"},
+    "liquidc.frontend": {
+        "liquidc.frontend",
+        "liquidc.ir",
+        "liquidc.errors",
+        "liquidc.files",
+        "liquidc.records",
+    },
     "liquidc.backends": {
         "liquidc.backends",
         "liquidc.ir",
         "liquidc.errors",
         "liquidc.manifest",
+        "liquidc.text",
     },
 }
 """What each part may import of ours; the rest of `liquidc` may import all of them."""
