@@ -26,6 +26,7 @@ class Attention(nn.Module):
         self.floor = 0 if self.rotates else special.temperature_floor
         self.temperature = special.temperature_scale
         self.window, self.chunk = special.window(index), special.chunk(index)
+        self.clip = special.clip_qkv
         self.scale = width**-0.5 if special.scale is None else special.scale
         self.q_proj = nn.Linear(hidden, self.heads * width, bias=bias)
         self.k_proj = nn.Linear(hidden, self.kv_heads * width, bias=bias)
@@ -51,7 +52,8 @@ class Attention(nn.Module):
     def key_value(self, n: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
         """Keys, normed and rotated as they are cached, and values: [B, T, KV, hd] each."""
         k = self._rotated(self.k_proj(n), self.k_norm, self.kv_heads, positions)
-        return k, self.v_proj(n).unflatten(-1, (self.kv_heads, self.width))
+        v = self._clipped(self.v_proj(n))
+        return k, v.unflatten(-1, (self.kv_heads, self.width))
 
     def attend(self, q: Tensor, cache: LayerCache, limit: Tensor) -> Tensor:
         """Queries [B, T, H, hd] over a cache, of which they see limit i64[B, T] slots."""
@@ -83,6 +85,10 @@ class Attention(nn.Module):
         x = x.unflatten(-1, (heads, self.width))
         if norm is not None and not full:
             x = F.rms_norm(x, (self.width,), norm.weight, self.eps)
+        x = self._clipped(x)
         if self.rotates:
             x = protocol.rope(x, positions, self.theta, self.scaling)
         return F.rms_norm(x, (self.width,), None, self.eps) if self.l2_norm else x
+
+    def _clipped(self, x: Tensor) -> Tensor:
+        return x if self.clip is None else x.clamp(-self.clip, self.clip)

@@ -217,7 +217,7 @@ class LiquidConfig:
         )
         vocab = f.integer("vocab_size", least=1)
         positions = f.integer("max_position_embeddings", 2048, least=1)
-        theta, scaling = read_rope(f, positions)
+        rope = read_rope(f, positions)
         config = cls(
             vocab_size=vocab,
             hidden_size=hidden,
@@ -227,9 +227,9 @@ class LiquidConfig:
             head_dim=head_dim or hidden // heads,
             intermediate_size=f.optional_integer("intermediate_size"),
             rms_norm_eps=f.number("rms_norm_eps", 1e-6, above=0.0),
-            rope_theta=theta,
-            rope_scaling=scaling,
-            max_position_embeddings=positions,
+            rope_theta=rope.theta,
+            rope_scaling=rope.scaling,
+            max_position_embeddings=rope.positions,
             tie_word_embeddings=f.boolean("tie_word_embeddings", False),
             attention_bias=f.boolean("attention_bias", False),
             qk_norm=f.choice("qk_norm", "none", "head", "full"),
@@ -285,6 +285,7 @@ class LiquidConfig:
             "moe.layers": self.moe_layers,
             "attention.sliding_layers": () if isinstance(slides, str) else slides,
             "attention.no_rope_layers": self.attention.no_rope_layers,
+            "attention.chunk_layers": self.attention.chunk_layers or (),
         }
         for name, indices in chosen.items():
             if any(i >= layers for i in indices):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any, NoReturn, cast
 
 from liquidc.errors import ConfigError
@@ -17,23 +17,29 @@ _LARGEST = 2**31 - 1
 class Fields:
     """One JSON object whose keys are read one by one; `finish` refuses those nobody read.
 
-    `prefix` ("moe.") is put before names in messages. Every reader raises `ConfigError`, naming
-    the field, its value and what is allowed.
+    `prefix` ("moe.") is put before names in messages; `defaults` are values of keys that are not
+    given, before those that a reader is told. Every reader raises `ConfigError`, naming the field,
+    its value and what is allowed. Integers are accepted for floats.
     """
 
-    def __init__(self, prefix: str, data: object) -> None:
+    def __init__(
+        self, prefix: str, data: object, defaults: Mapping[str, object] | None = None
+    ) -> None:
         if not isinstance(data, dict):
             raise ConfigError(f"{prefix.rstrip('.') or 'the config'} must be a JSON object")
         self._prefix = prefix
         self._data = cast("dict[str, Any]", data)
+        self._defaults = dict(defaults or {})
         self._read: set[str] = set()
+        self._idle: list[str] = []
 
     def __contains__(self, name: str) -> bool:
         return name in self._data
 
     def refuse(self, name: str, allowed: str) -> NoReturn:
         """Raise the error for the field `name`: its value and what is `allowed`."""
-        value = f"is {self._data[name]!r:.80}" if name in self._data else "is not given"
+        known = {**self._defaults, **self._data}
+        value = f"is {known[name]!r:.80}" if name in known else "is not given"
         raise ConfigError(f"{self._prefix}{name} {value}; it must be {allowed}")
 
     def refuse_if(self, wrong: bool, name: str, allowed: str) -> None:
@@ -45,27 +51,36 @@ class Fields:
         """Accept these keys with any value."""
         self._read.update(names)
 
-    def unread(self) -> list[str]:
-        """Keys that were never read."""
-        return sorted(set(self._data) - self._read)
+    def idle(self, *names: str) -> None:
+        """Remember keys whose values change nothing, for `without_effect`."""
+        self._read.update(names)
+        self._idle += names
+
+    def without_effect(self) -> list[str]:
+        """Keys that change nothing: those never read, and those given to `idle`."""
+        return sorted({*(set(self._data) - self._read), *self._idle})
 
     def finish(self) -> None:
         """Refuse keys that were never read."""
-        if unknown := self.unread():
+        if unknown := sorted(set(self._data) - self._read):
             names = ", ".join(self._prefix + name for name in unknown)
             raise ConfigError(f"unknown field {names}; known here: {', '.join(sorted(self._read))}")
 
     def get(self, name: str, default: Any = _MISSING) -> Any:
         """The raw value."""
         self._read.add(name)
-        if name not in self._data and default is _MISSING:
+        if name in self._data:
+            return self._data[name]
+        value = self._defaults.get(name, default)
+        if value is _MISSING:
             self.refuse(name, "given")
-        return self._data.get(name, default)
+        return value
 
     def only(self, name: str, value: object) -> None:
         """Accept the field at `value` alone: other values are known to exist, not supported."""
         given = self.get(name, value)
-        if type(given) is not type(value) or given != value:
+        kinds = (int, float) if isinstance(value, float) else (type(value),)
+        if type(given) not in kinds or given != value:
             self.refuse(name, f"{value!r}: other values are not supported")
 
     def require(self, name: str, value: object) -> None:
@@ -80,7 +95,7 @@ class Fields:
             self.refuse(name, "one of " + ", ".join(allowed))
         return value
 
-    def boolean(self, name: str, default: bool) -> bool:
+    def boolean(self, name: str, default: bool = _MISSING) -> bool:
         """True or false."""
         value = self.get(name, default)
         if not isinstance(value, bool):
@@ -100,20 +115,34 @@ class Fields:
         """A positive integer, or null."""
         return None if self.get(name, None) is None else self.integer(name, least=1)
 
-    def optional_list(self, name: str, length: int, *values: object) -> list[Any] | None:
-        """A list of `length` items, each one of `values`; or null."""
+    def optional_choices(self, name: str, length: int, *allowed: str) -> list[str] | None:
+        """A list of `length` texts, each one of `allowed`; or null."""
         found = self.get(name, None)
         if found is None:
             return None
         items = cast("list[Any]", found) if isinstance(found, list) else []
-        if len(items) != length or not all(item in values for item in items):
-            self.refuse(name, f"a list of {length} of {', '.join(map(str, values))}")
+        if len(items) != length or not all(item in allowed for item in items):
+            self.refuse(name, f"a list of {length} of {', '.join(allowed)}")
         return items
+
+    def optional_integers(self, name: str) -> list[int] | None:
+        """A list of integers in any order, or null."""
+        found = self.get(name, None)
+        if found is None:
+            return None
+        items = cast("list[Any]", found if isinstance(found, list) else [None])
+        if not all(type(item) is int for item in items):
+            self.refuse(name, "a list of integers")
+        return items
+
+    def optional_number(self, name: str, *, above: float = -math.inf) -> float | None:
+        """A finite number above a bound, or null."""
+        return None if self.get(name, None) is None else self.number(name, above=above)
 
     def number(
         self,
         name: str,
-        default: float,
+        default: float = _MISSING,
         *,
         least: float = -math.inf,
         most: float = math.inf,

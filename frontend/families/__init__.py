@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from liquidc.errors import CheckpointError, ConfigError, LiquidWarning
 from liquidc.ir.types import DType
@@ -23,12 +23,14 @@ if TYPE_CHECKING:
 
     from liquidc.frontend.checkpoint import CheckpointSource
     from liquidc.frontend.config import LiquidConfig
-    from liquidc.frontend.families.common import Family
+    from liquidc.frontend.families.common import Data, Family
+    from liquidc.frontend.families.tensors import Tensors
     from liquidc.ir.weights import WeightExpr
 
 
 _SAVED_IN = {DType.BF16: "bfloat16", DType.F16: "float16"}
 """`dtype` of a config by the element type of the embedding: what theirs says is often not so."""
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 
 @dataclass(frozen=True)
@@ -51,7 +53,7 @@ def families() -> dict[str, Family]:
     """By the `model_type` of config.json."""
     from liquidc.frontend.families.flexidepth import DD_LLAMA, DD_QWEN3
     from liquidc.frontend.families.gpt_oss import GPT_OSS
-    from liquidc.frontend.families.granitemoe import GRANITE_MOE
+    from liquidc.frontend.families.granitemoe import GRANITE_MOE, GRANITE_MOE_SHARED
     from liquidc.frontend.families.llama import LLAMA, MISTRAL
     from liquidc.frontend.families.llama4 import LLAMA4
     from liquidc.frontend.families.mixtral import MIXTRAL
@@ -71,6 +73,7 @@ def families() -> dict[str, Family]:
         QWEN3_MOE,
         OLMOE,
         GRANITE_MOE,
+        GRANITE_MOE_SHARED,
         DD_LLAMA,
         DD_QWEN3,
         GPT_OSS,
@@ -80,10 +83,13 @@ def families() -> dict[str, Family]:
 
 
 def open_model(directory: Path) -> Checkpoint:
-    """Read config.json and the headers of the weights; no weight is read.
+    """Read config.json and the headers of the weights.
+
+    No weight is read, but for a head that is stored although it is tied: it is compared with the
+    embedding, and used if they differ.
 
     Warns:
-        LiquidWarning: tensors or fields that nothing uses.
+        LiquidWarning: tensors or fields that nothing uses, or such a head.
 
     Raises:
         ConfigError: the family or something in its config is not supported.
@@ -114,38 +120,69 @@ def _open(directory: Path, data: dict[str, Any], source: CheckpointSource) -> Ch
 
     kind = data.get("model_type")
     types = source.types()
-    _refuse_more_layers_than_tensors(data, len(types))
     if kind == "liquid":
-        config, read, told, ignored = LiquidConfig.from_dict(data), same, data, ()
+        text, family = data, None
         tensors = Tensors(directory, types)
     else:
         family = _family(data)
-        text = data.get("text_config", data)
+        text = data.get(family.section, data) if family.section else data
         found = [p for p in family.prefixes if any(n.startswith(f"{p}model.") for n in types)]
         tensors = Tensors(directory, types, found[0] if found else "")
-        told = _read(family, text, tensors)
-        config, read, ignored = LiquidConfig.from_dict(told), family.weight, family.ignored
+    _refuse_more_layers_than_tensors(text, len(types))
+    if family is None:
+        config, read, told = LiquidConfig.from_dict(data), same, data
+    else:
+        config, read = LiquidConfig.from_dict(_read(family, text, tensors)), family.weight
         told = config.to_dict()
+    config = _tied_or_not(directory, config, tensors, source)
     with torch.device("meta"):
         model = LiquidForCausalLM(config)
     weights: dict[str, WeightExpr] = {}
     for name in model.state_dict():
         try:
-            weights[name] = read(name, tensors, told) or tensors[name]
+            weights[name] = read(name, tensors, told) or _tensor(name, tensors, config)
         except (ValueError, IndexError) as error:
             raise CheckpointError(f"{directory}: tensors don't make up {name}: {error}") from None
     _check(directory, model, weights)
-    if kind != "liquid":
-        stored = weights["model.embed_tokens.weight"].type.dtype
+    if family is not None:
+        stored = weights[EMBEDDING].type.dtype
         config = replace(config, dtype=_SAVED_IN.get(stored, "float32"))
-    _tell_unused(directory, tensors.unused(ignored))
+    _tell_unused(directory, tensors.unused(family.ignored if family else ()))
     return Checkpoint(config, weights, source)
 
 
-def _refuse_more_layers_than_tensors(data: Mapping[str, Any], tensors: int) -> None:
+def _tied_or_not(
+    directory: Path, config: LiquidConfig, tensors: Tensors, source: CheckpointSource
+) -> LiquidConfig:
+    """The config, not tied if there is a head of other numbers than the embedding.
+
+    Warns:
+        LiquidWarning: there is.
+    """
+    from liquidc.frontend.families.tensors import same_values
+
+    if not (config.tie_word_embeddings and HEAD in tensors and EMBEDDING in tensors):
+        return config
+    if same_values(tensors[EMBEDDING], tensors[HEAD], source):
+        return config
+    warnings.warn(
+        f"{directory}: tie_word_embeddings is true, but {HEAD} differs from {EMBEDDING}: "
+        "both are used, as they are stored",
+        LiquidWarning,
+        stacklevel=2,
+    )
+    return replace(config, tie_word_embeddings=False)
+
+
+def _tensor(name: str, tensors: Tensors, config: LiquidConfig) -> WeightExpr:
+    """The tensor of a parameter's name; of two that are tied, the one that is stored."""
+    swapped = config.tie_word_embeddings and name == EMBEDDING and name not in tensors
+    return tensors[HEAD if swapped and HEAD in tensors else name]
+
+
+def _refuse_more_layers_than_tensors(text: object, tensors: int) -> None:
     """Before a model of that many layers is made."""
-    text = data.get("text_config", data)
-    layers = text.get("num_hidden_layers") if isinstance(text, dict) else None
+    layers = cast("Data", text).get("num_hidden_layers") if isinstance(text, dict) else None
     if isinstance(layers, int) and layers > tensors:
         raise ConfigError(f"num_hidden_layers is {layers}; the checkpoint has {tensors} tensors")
 
@@ -165,18 +202,22 @@ def _family(data: Mapping[str, Any]) -> Family:
     return family
 
 
-def _read(family: Family, data: object, tensors: Any) -> dict[str, Any]:
-    """A family's config as ours; fields that it does not know are told."""
+def _read(family: Family, text: object, tensors: Tensors) -> Data:
+    """A family's config as ours; fields that change nothing are told."""
     from liquidc.frontend.families.common import HARMLESS
     from liquidc.frontend.fields import Fields
 
-    fields = Fields("", data)
+    data = dict(cast("Data", text)) if isinstance(text, dict) else text
+    for alias, name in family.aliases.items():
+        if isinstance(data, dict) and alias in data:
+            data[name] = data.pop(alias)
+    fields = Fields("", data, family.defaults)
     fields.skip(HARMLESS)
     told = family.read(fields, tensors)
-    if unknown := fields.unread():
+    if idle := fields.without_effect():
         warnings.warn(
-            f"{tensors.directory / 'config.json'}: fields that are not known and change nothing "
-            f"here: {', '.join(unknown)}",
+            f"{tensors.directory / 'config.json'}: fields that change nothing here: "
+            f"{', '.join(idle)}",
             LiquidWarning,
             stacklevel=2,
         )

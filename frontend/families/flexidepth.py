@@ -79,5 +79,9 @@ def weight(name: str, t: Tensors, data: Data) -> WeightExpr | None:
     return t[f"{layer}.{NAMES[rest]}"]
 
 
-DD_LLAMA = Family(("ddllama",), read_llama, weight, custom_code=True, ignored=llama.IGNORED)
-DD_QWEN3 = Family(("ddqwen3",), read_qwen3, weight, custom_code=True, ignored=llama.IGNORED)
+DD_LLAMA = Family(
+    ("ddllama",), read_llama, weight, llama.DEFAULTS, custom_code=True, ignored=llama.IGNORED
+)
+DD_QWEN3 = Family(
+    ("ddqwen3",), read_qwen3, weight, qwen3.DEFAULTS, custom_code=True, ignored=llama.IGNORED
+)

@@ -6,12 +6,25 @@ for 32 of them. Gate and up rows alternate.
 
 from __future__ import annotations
 
-from liquidc.frontend.families.common import Data, Family, llama_part, sliding
+from liquidc.frontend.families import common
+from liquidc.frontend.families.common import Data, Family, llama_part, sliding, sliding_kinds
 from liquidc.frontend.families.llama import IGNORED
 from liquidc.frontend.families.tensors import Tensors, apart, swapped
 from liquidc.frontend.fields import Fields
 from liquidc.ir.mxfp4 import Mxfp4
 from liquidc.ir.weights import WeightExpr
+
+LIMIT, STEEPNESS = 7.0, 1.702
+"""Of the clamped activation, as `frontend.moe` has it."""
+RULE = {
+    "rope_type": "yarn",
+    "factor": 32.0,
+    "beta_fast": 32.0,
+    "beta_slow": 1.0,
+    "truncate": False,
+    "original_max_position_embeddings": 4096,
+}
+"""The default of `rope_parameters`."""
 
 
 def read(f: Fields, t: Tensors) -> Data:
@@ -23,13 +36,16 @@ def read(f: Fields, t: Tensors) -> Data:
         inner.skip(("modules_to_not_convert", "dequantize"))
         inner.require("quant_method", "mxfp4")
         inner.finish()
-    f.only("swiglu_limit", 7.0)
-    f.only("swiglu_alpha", 1.702)
-    f.skip(("experts_per_token", "initial_context_length"))
-    data = llama_part(f, theta=150000.0, eps=1e-5, quantised=True)
+    f.only("swiglu_limit", LIMIT)
+    f.only("swiglu_alpha", STEEPNESS)
+    f.skip(("experts_per_token", "initial_context_length", "hidden_act"))
+    data = llama_part(f, act=False, quantised=True, rule=RULE)
+    window = f.optional_integer("sliding_window")
+    slides = sliding_kinds(f, data, range(0, data["num_hidden_layers"], 2))
+    f.refuse_if(bool(slides) and window is None, "sliding_window", "given, since layers slide")
     moe = {
-        "num_experts": f.integer("num_local_experts", 128, least=1),
-        "num_experts_per_tok": f.integer("num_experts_per_tok", 4, least=1),
+        "num_experts": f.integer("num_local_experts", least=1),
+        "num_experts_per_tok": f.integer("num_experts_per_tok", least=1),
         "score": "identity",
         "post": "softmax_k",
         "router_bias": True,
@@ -38,9 +54,8 @@ def read(f: Fields, t: Tensors) -> Data:
     }
     return {
         **data,
-        "head_dim": data["head_dim"] or 64,
-        "attention_bias": f.boolean("attention_bias", True),
-        "attention": {**sliding(f, data), "sinks": True},
+        "attention_bias": f.boolean("attention_bias"),
+        "attention": {**sliding(data, window, slides), "sinks": True},
         "moe": moe,
     }
 
@@ -70,4 +85,32 @@ def _expert(t: Tensors, name: str) -> WeightExpr:
     return Mxfp4(t[f"{name}_blocks"], t[f"{name}_scales"])
 
 
-GPT_OSS = Family(("gpt_oss",), read, weight, ignored=IGNORED)
+GPT_OSS = Family(
+    ("gpt_oss",),
+    read,
+    weight,
+    {
+        **common.LLAMA,
+        "vocab_size": 201088,
+        "hidden_size": 2880,
+        "intermediate_size": 2880,
+        "num_hidden_layers": 36,
+        "num_attention_heads": 64,
+        "num_key_value_heads": 8,
+        "head_dim": 64,
+        "max_position_embeddings": 131072,
+        "rms_norm_eps": 1e-5,
+        "rope_theta": 150000.0,
+        "bos_token_id": None,
+        "eos_token_id": None,
+        "attention_bias": True,
+        "sliding_window": 128,
+        "layer_types": None,
+        "num_local_experts": 128,
+        "num_experts_per_tok": 4,
+        "swiglu_alpha": 1.702,
+        "swiglu_limit": 7.0,
+    },
+    aliases={"num_experts": "num_local_experts"},
+    ignored=IGNORED,
+)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from liquidc.frontend.families import common
 from liquidc.frontend.families.common import Data, Family, llama_part
 from liquidc.frontend.families.llama import IGNORED
 from liquidc.frontend.families.tensors import Tensors, halves
@@ -10,25 +11,31 @@ from liquidc.ir.weights import WeightExpr
 
 
 def read(f: Fields, t: Tensors) -> Data:
-    """`GraniteMoeConfig` and `GraniteMoeSharedConfig`."""
+    """`GraniteMoeConfig`."""
     del t
     data = llama_part(f)
     moe = {
-        "num_experts": f.integer("num_local_experts", 8, least=1),
-        "num_experts_per_tok": f.integer("num_experts_per_tok", 2, least=1),
+        "num_experts": f.integer("num_local_experts", least=1),
+        "num_experts_per_tok": f.integer("num_experts_per_tok", least=1),
         "score": "identity",
         "post": "softmax_k",
-        "shared_intermediate_size": f.integer("shared_intermediate_size", 0, least=0),
     }
     return {
         **data,
-        "attention_bias": f.boolean("attention_bias", False),
-        "attention": {"scale": f.number("attention_multiplier", 1.0, above=0.0)},
-        "embedding_multiplier": f.number("embedding_multiplier", 1.0),
-        "residual_multiplier": f.number("residual_multiplier", 1.0),
-        "logits_scaling": f.number("logits_scaling", 1.0, above=0.0),
+        "attention_bias": f.boolean("attention_bias"),
+        "attention": {"scale": f.optional_number("attention_multiplier", above=0.0)},
+        "embedding_multiplier": f.number("embedding_multiplier"),
+        "residual_multiplier": f.number("residual_multiplier"),
+        "logits_scaling": f.number("logits_scaling", above=0.0),
         "moe": moe,
     }
+
+
+def read_shared(f: Fields, t: Tensors) -> Data:
+    """`GraniteMoeSharedConfig`."""
+    data = read(f, t)
+    width = f.integer("shared_intermediate_size", least=0)
+    return {**data, "moe": {**data["moe"], "shared_intermediate_size": width}}
 
 
 def weight(name: str, t: Tensors, data: Data) -> WeightExpr | None:
@@ -57,4 +64,18 @@ def _either(t: Tensors, name: str, other: str) -> WeightExpr:
     return t[other] if other in t else t[name]
 
 
-GRANITE_MOE = Family(("granitemoe", "granitemoeshared"), read, weight, ignored=IGNORED)
+DEFAULTS = {
+    **common.LLAMA,
+    "attention_bias": False,
+    "attention_multiplier": 1.0,
+    "embedding_multiplier": 1.0,
+    "residual_multiplier": 1.0,
+    "logits_scaling": 1.0,
+    "num_local_experts": 8,
+    "num_experts_per_tok": 2,
+}
+SHARED_DEFAULTS = {**DEFAULTS, "shared_intermediate_size": 0}
+GRANITE_MOE = Family(("granitemoe",), read, weight, DEFAULTS, ignored=IGNORED)
+GRANITE_MOE_SHARED = Family(
+    ("granitemoeshared",), read_shared, weight, SHARED_DEFAULTS, ignored=IGNORED
+)

@@ -2,27 +2,42 @@
 
 from __future__ import annotations
 
+from liquidc.frontend.families import common
 from liquidc.frontend.families.common import Data, Family, llama_part, same, sliding
 from liquidc.frontend.families.tensors import Tensors
 from liquidc.frontend.fields import Fields
 
-IGNORED = (r".*rotary_emb\.inv_freq", r"lm_head\.weight")
-"""Buffers of old checkpoints, and heads that are stored although they are tied."""
+IGNORED = (r".*rotary_emb\.inv_freq",)
+"""Buffers of old checkpoints."""
 
 
 def read_llama(f: Fields, t: Tensors) -> Data:
     """`LlamaConfig`."""
     del t
     f.only("mlp_bias", False)
-    return {**llama_part(f), "attention_bias": f.boolean("attention_bias", False)}
+    return {**llama_part(f), "attention_bias": f.boolean("attention_bias")}
 
 
 def read_mistral(f: Fields, t: Tensors) -> Data:
     """`MistralConfig`: a window over all layers, or none."""
     del t
     data = llama_part(f)
-    return {**data, "attention": sliding(f, data)}
+    window, layers = f.optional_integer("sliding_window"), range(data["num_hidden_layers"])
+    return {**data, "attention": sliding(data, window, layers)}
 
 
-LLAMA = Family(("llama",), read_llama, same, ignored=IGNORED)
-MISTRAL = Family(("mistral",), read_mistral, same, ignored=IGNORED)
+DEFAULTS = {**common.LLAMA, "attention_bias": False, "mlp_bias": False}
+LLAMA = Family(("llama",), read_llama, same, DEFAULTS, ignored=IGNORED)
+MISTRAL = Family(
+    ("mistral",),
+    read_mistral,
+    same,
+    {
+        **common.LLAMA,
+        "intermediate_size": 14336,
+        "num_key_value_heads": 8,
+        "max_position_embeddings": 131072,
+        "sliding_window": 4096,
+    },
+    ignored=IGNORED,
+)

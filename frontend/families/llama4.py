@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from liquidc.frontend.families import common
 from liquidc.frontend.families.common import Data, Family, llama_part
 from liquidc.frontend.families.llama import IGNORED
 from liquidc.frontend.families.tensors import Tensors, half_rotation, swapped
@@ -12,56 +13,52 @@ from liquidc.ir.weights import WeightExpr
 def read(f: Fields, t: Tensors) -> Data:
     """`Llama4TextConfig`."""
     del t
-    data = llama_part(f, theta=500000.0, eps=1e-5)
-    layers = data["num_hidden_layers"]
-    width, dense = data["intermediate_size"], f.integer("intermediate_size_mlp", 16384, least=1)
-    step = f.integer("interleave_moe_layer_step", 1, least=0)
-    sparse = f.get("moe_layers", None)
-    moe: Data = {}
-    if sparse is None:
-        sparse = list(range(step - 1, layers, step)) if step else []
-    if sparse:
-        moe = {
-            "num_experts": f.integer("num_local_experts", 16, least=1),
-            "num_experts_per_tok": f.integer("num_experts_per_tok", 1, least=1),
-            "moe_intermediate_size": width,
-            "layers": sparse,
-            "score": "identity",
-            "post": "sigmoid",
-            "apply": "input",
-            "shared_intermediate_size": width,
-        }
-    data["head_dim"] = data["head_dim"] or 128
-    attention = _attention(f, layers, data["max_position_embeddings"])
-    biased = f.boolean("attention_bias", False)
+    data = llama_part(f)
+    layers, width = data["num_hidden_layers"], data["intermediate_size"]
+    step = f.integer("interleave_moe_layer_step", least=1)
+    chosen = f.optional_integers("moe_layers")
+    sparse = range(step - 1, layers, step) if chosen is None else {*chosen} & {*range(layers)}
+    moe = {
+        "num_experts": f.integer("num_local_experts", least=1),
+        "num_experts_per_tok": f.integer("num_experts_per_tok", least=1),
+        "moe_intermediate_size": width,
+        "layers": sorted(sparse),
+        "score": "identity",
+        "post": "sigmoid",
+        "apply": "input",
+        "shared_intermediate_size": width,
+    }
     return {
         **data,
-        "intermediate_size": dense,
-        "attention_bias": biased,
-        "attention": attention,
-        "moe": moe,
+        "intermediate_size": f.integer("intermediate_size_mlp", least=1),
+        "attention_bias": f.boolean("attention_bias"),
+        "attention": _attention(f, layers, data["max_position_embeddings"]),
+        "moe": moe if sparse else {},
     }
 
 
 def _attention(f: Fields, layers: int, positions: int) -> Data:
     """Which layers rotate and see chunks, and how the others are tempered."""
-    period = f.integer("no_rope_layer_interval", 4, least=1)
-    told = f.get("no_rope_layers", None) != [] and f.optional_list("no_rope_layers", layers, 0, 1)
+    period = f.integer("no_rope_layer_interval", least=1)
+    told = f.optional_integers("no_rope_layers")
     rotates = told or [int((i + 1) % period != 0) for i in range(layers)]
-    still = [i for i, turns in enumerate(rotates) if not turns]
-    kinds = f.get("layer_types", None)
-    expected = ["chunked_attention" if turns else "full_attention" for turns in rotates]
-    f.refuse_if(kinds not in (None, expected), "layer_types", f"{expected}, as no_rope_layers")
+    f.refuse_if(len(rotates) < layers, "no_rope_layers", f"of {layers} layers")
+    kinds = f.optional_choices("layer_types", layers, "chunked_attention", "full_attention")
+    if kinds is None:
+        chunked = [i for i in range(layers) if rotates[i]]
+    else:
+        chunked = [i for i, kind in enumerate(kinds) if kind == "chunked_attention"]
     chunk = f.optional_integer("attention_chunk_size")
-    tempered = bool(f.get("attn_temperature_tuning", True))
-    floor = f.number("floor_scale", 8192, above=0.0)
-    scale = f.number("attn_scale", 0.1, least=0.0)
-    f.refuse_if(tempered and floor != int(floor), "floor_scale", "a whole number")
+    chunk = chunk if chunked and chunk is not None and chunk < positions else None
+    tempered = bool(f.get("attn_temperature_tuning"))
+    floor = f.integer("floor_scale", least=1)
+    scale = f.number("attn_scale", least=0.0)
     return {
-        "no_rope_layers": still,
-        "chunk_size": chunk if chunk is not None and chunk < positions else None,
-        "l2_norm": f.boolean("use_qk_norm", True),
-        "temperature_floor": int(floor) if tempered else 0,
+        "no_rope_layers": [i for i in range(layers) if not rotates[i]],
+        "chunk_size": chunk,
+        "chunk_layers": chunked if chunk else None,
+        "l2_norm": f.boolean("use_qk_norm"),
+        "temperature_floor": floor if tempered else 0,
         "temperature_scale": scale if tempered else 0.0,
     }
 
@@ -89,6 +86,34 @@ LLAMA4 = Family(
     ("llama4_text", "llama4"),
     read,
     weight,
+    {
+        **common.LLAMA,
+        "vocab_size": 202048,
+        "hidden_size": 5120,
+        "intermediate_size": 8192,
+        "intermediate_size_mlp": 16384,
+        "num_hidden_layers": 48,
+        "num_attention_heads": 40,
+        "num_key_value_heads": 8,
+        "head_dim": 128,
+        "max_position_embeddings": 131072,
+        "rms_norm_eps": 1e-5,
+        "rope_theta": 500000.0,
+        "attention_bias": False,
+        "num_experts_per_tok": 1,
+        "num_local_experts": 16,
+        "moe_layers": None,
+        "interleave_moe_layer_step": 1,
+        "use_qk_norm": True,
+        "no_rope_layers": None,
+        "no_rope_layer_interval": 4,
+        "attention_chunk_size": 8192,
+        "layer_types": None,
+        "attn_temperature_tuning": True,
+        "floor_scale": 8192,
+        "attn_scale": 0.1,
+    },
+    section="text_config",
     prefixes=("language_model.", ""),
     ignored=(*IGNORED, r"vision_model\..*", r"multi_modal_projector\..*"),
 )

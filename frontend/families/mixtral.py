@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from liquidc.frontend.families import common
 from liquidc.frontend.families.common import Data, Family, llama_part, sliding
 from liquidc.frontend.families.llama import IGNORED
 from liquidc.frontend.families.tensors import Tensors, experts
@@ -12,14 +13,15 @@ from liquidc.ir.weights import WeightExpr
 def read(f: Fields, t: Tensors) -> Data:
     """`MixtralConfig`."""
     del t
-    data = llama_part(f, theta=1e6, eps=1e-5)
+    data = llama_part(f)
+    window, layers = f.optional_integer("sliding_window"), range(data["num_hidden_layers"])
     moe = {
-        "num_experts": f.integer("num_local_experts", 8, least=1),
-        "num_experts_per_tok": f.integer("num_experts_per_tok", 2, least=1),
+        "num_experts": f.integer("num_local_experts", least=1),
+        "num_experts_per_tok": f.integer("num_experts_per_tok", least=1),
         "score": "softmax",
         "post": "renorm",
     }
-    return {**data, "attention": sliding(f, data), "moe": moe}
+    return {**data, "attention": sliding(data, window, layers), "moe": moe}
 
 
 def weight(name: str, t: Tensors, data: Data) -> WeightExpr | None:
@@ -40,4 +42,21 @@ def weight(name: str, t: Tensors, data: Data) -> WeightExpr | None:
             return t[prefix + rest]
 
 
-MIXTRAL = Family(("mixtral",), read, weight, ignored=IGNORED)
+MIXTRAL = Family(
+    ("mixtral",),
+    read,
+    weight,
+    {
+        **common.LLAMA,
+        "intermediate_size": 14336,
+        "num_key_value_heads": 8,
+        "max_position_embeddings": 131072,
+        "rms_norm_eps": 1e-5,
+        "rope_theta": 1e6,
+        "sliding_window": None,
+        "num_local_experts": 8,
+        "num_experts_per_tok": 2,
+    },
+    aliases={"num_experts": "num_local_experts"},
+    ignored=IGNORED,
+)

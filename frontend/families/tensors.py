@@ -6,27 +6,57 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
+import torch
+
 from liquidc.errors import CheckpointError
 from liquidc.ir.types import TensorType
 from liquidc.ir.weight_maths import Take
-from liquidc.ir.weights import Concat, Slice, Stored, Transpose, WeightExpr, stack
+from liquidc.ir.weights import (
+    Concat,
+    Slice,
+    Stored,
+    Transpose,
+    WeightExpr,
+    WeightSource,
+    stack,
+)
+
+_DECODER = ("embed_tokens.", "layers.", "norm.")
+"""How the names of a decoder begin that is stored without its head."""
+_BLOCK = 1 << 22
+"""Elements that are compared at a time."""
 
 
 class Tensors:
-    """What a checkpoint holds, by name; remembers what was used.
+    """What a checkpoint holds, by the names of a whole model; remembers what was used.
+
+    As in transformers, `model.` may be missing before a name of the decoder, or be there once more.
 
     Args:
         directory: named in messages.
         types: of its tensors.
-        prefix: before the names of all tensors of the text model (`language_model.`).
+        prefix: that may stand before the names of the text model (`language_model.`).
     """
 
     def __init__(self, directory: Path, types: Mapping[str, TensorType], prefix: str = "") -> None:
         self.directory, self._types, self._prefix = directory, types, prefix
+        self._stored: dict[str, str] = {}
+        for stored in types:
+            name = self._whole(stored)
+            if name == stored or name not in self._stored:
+                self._stored[name] = stored
         self.used: set[str] = set()
 
+    def _whole(self, stored: str) -> str:
+        """The name in a whole model."""
+        name = stored.removeprefix(self._prefix)
+        if name.startswith(_DECODER):
+            return f"model.{name}"
+        again = name.removeprefix("model.")
+        return again if again.startswith(("model.", "lm_head.")) else name
+
     def __contains__(self, name: str) -> bool:
-        return self._prefix + name in self._types
+        return name in self._stored
 
     def __getitem__(self, name: str) -> WeightExpr:
         """A tensor.
@@ -34,11 +64,11 @@ class Tensors:
         Raises:
             CheckpointError: there is none of this name.
         """
-        full = self._prefix + name
-        if full not in self._types:
-            raise CheckpointError(f"{self.directory}: the tensor {full} is missing")
-        self.used.add(full)
-        return Stored(full, self._types[full])
+        if name not in self._stored:
+            raise CheckpointError(f"{self.directory}: the tensor {self._prefix}{name} is missing")
+        stored = self._stored[name]
+        self.used.add(stored)
+        return Stored(stored, self._types[stored])
 
     def like(self, name: str, first: str) -> WeightExpr:
         """A tensor of the same shape as that of the first expert.
@@ -49,21 +79,36 @@ class Tensors:
         found, want = self[name], self[first]
         if found.sizes != want.sizes:
             raise CheckpointError(
-                f"{self.directory}: the tensor {self._prefix}{name} has the shape "
+                f"{self.directory}: the tensor {self._stored[name]} has the shape "
                 f"{list(found.sizes)}, that of expert 0 {list(want.sizes)}"
             )
         return found
 
     def numbers(self, pattern: str) -> tuple[int, ...]:
         """The numbers that stand for the group of `pattern` in names, in ascending order."""
-        shape = re.compile(re.escape(self._prefix) + pattern)
-        return tuple(sorted({int(m[1]) for name in self._types if (m := shape.fullmatch(name))}))
+        shape = re.compile(pattern)
+        return tuple(sorted({int(m[1]) for name in self._stored if (m := shape.fullmatch(name))}))
 
     def unused(self, ignored: Iterable[str] = ()) -> list[str]:
         """Names that nobody asked for; `ignored` are patterns of those that need not be told."""
         patterns = [re.compile(pattern) for pattern in ignored]
         left = sorted(self._types.keys() - self.used)
         return [name for name in left if not any(p.fullmatch(name) for p in patterns)]
+
+
+def same_values(a: WeightExpr, b: WeightExpr, source: WeightSource) -> bool:
+    """Whether two matrices hold the same numbers, whatever their element types.
+
+    They are read some rows at a time, up to the first difference.
+    """
+    if a.sizes != b.sizes or len(a.sizes) != 2:
+        return False
+    step = max(1, _BLOCK // max(1, a.sizes[1]))
+    for start in range(0, a.sizes[0], step):
+        span = ((start, min(start + step, a.sizes[0])), (0, a.sizes[1]))
+        if not torch.equal(a.read(source, span).double(), b.read(source, span).double()):
+            return False
+    return True
 
 
 def experts(t: Tensors, prefix: str, stacked: str, parts: Sequence[str], count: int) -> WeightExpr:

@@ -105,7 +105,12 @@ NUMBERS = {
 }
 """Fields by their kind, each with a value out of range; the rest are choices."""
 BOOLEANS = [name for name, value in FIELDS.items() if type(value) is bool]
-OPTIONAL = ["attention.output_bias", "attention.scale"]
+OPTIONAL = [
+    "attention.output_bias",
+    "attention.scale",
+    "attention.clip_qkv",
+    "attention.chunk_layers",
+]
 LISTS = ["depth_gate.layers", "moe.layers"]
 INDICES = ["attention.sliding_layers", "attention.no_rope_layers"]
 SINGLE = ["model_type", "liquid_version"]
@@ -129,6 +134,8 @@ WRONG = {
     "depth_gate.decision": ["predictor"],
     "depth_gate.phases": ["decode", "prefill"],
     "depth_gate.block_size": [2, True],
+    "attention.clip_qkv": ["x", True, 0.0, -1.0],
+    "attention.chunk_layers": ["x", {}, [-1], [2, 1]],
     "rope_scaling": ["x", "linear(x)", "yarn(2.0)"],
     "torch_dtype": ["float8"],
 }
@@ -167,6 +174,22 @@ CONTRADICTIONS: dict[str, dict[str, Any]] = {
     "attention.chunk_size is 3; it must be null": {
         "attention.sliding_window": 2,
         "attention.chunk_size": 3,
+    },
+    "attention.chunk_layers is [1]; it must be null without": {"attention.chunk_layers": [1]},
+    "attention.chunk_layers is [7]; with num_hidden_layers 4": {
+        "attention.chunk_size": 3,
+        "attention.chunk_layers": [7],
+    },
+    "rope_scaling is {'type': 'linear', 'factor': 2}; it must be null beside rope_par": {
+        "rope_scaling": {"type": "linear", "factor": 2},
+        "rope_parameters": {},
+    },
+    "rope_scaling.factor is 1e+300; it must be at most 2.14748e+06": {
+        "rope_scaling": {
+            "type": "yarn",
+            "factor": 1e300,
+            "original_max_position_embeddings": 1000,
+        }
     },
     "rope_theta is 5.0; it must be 6.0": {
         "rope_theta": 5.0,
@@ -274,6 +297,8 @@ ROUND_TRIPS: list[dict[str, Any]] = [
         "moe.topk_group": 3,
     },
     {"rope_parameters": {"rope_type": "default", "rope_theta": 500.0}},
+    {"attention_dropout": 0, "rms_norm_eps": 1, "attention.clip_qkv": 8.0},
+    {"attention.chunk_size": 4, "attention.chunk_layers": [1, 3]},
     {"depth_gate.layers": [], "moe.num_experts": 0},
 ]
 
