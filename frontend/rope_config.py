@@ -131,7 +131,6 @@ def _rule(f: Fields, inner: Fields, kind: str, positions: int, strict: bool) -> 
         factor = inner.number("factor", above=0.0)
         low = inner.number("low_freq_factor", 1.0, above=0.0)
         high = inner.number("high_freq_factor", 4.0, above=0.0)
-        inner.refuse_if(high <= low, "high_freq_factor", f"above low_freq_factor ({low})")
         return str(Scaling(kind, (factor, low, high, original))), positions
     missing = inner.get("factor") is None
     factor = positions / original if missing else inner.number("factor", above=0.0)

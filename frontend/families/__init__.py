@@ -132,7 +132,7 @@ def _open(directory: Path, data: dict[str, Any], source: CheckpointSource) -> Ch
     if family is None:
         config, read, told = LiquidConfig.from_dict(data), same, data
     else:
-        config, read = LiquidConfig.from_dict(_read(family, text, tensors)), family.weight
+        config, read = read_family(family, text, tensors), family.weight
         told = config.to_dict()
     config = _tied_or_not(directory, config, tensors, source)
     with torch.device("meta"):
@@ -202,8 +202,21 @@ def _family(data: Mapping[str, Any]) -> Family:
     return family
 
 
-def _read(family: Family, text: object, tensors: Tensors) -> Data:
-    """A family's config as ours; fields that change nothing are told."""
+def read_family(family: Family, text: object, tensors: Tensors) -> LiquidConfig:
+    """A family's config as ours.
+
+    Args:
+        family: the family.
+        text: the decoded config.json, or its section about the text model.
+        tensors: of the checkpoint.
+
+    Warns:
+        LiquidWarning: fields that change nothing.
+
+    Raises:
+        ConfigError: a field is not supported.
+    """
+    from liquidc.frontend.config import LiquidConfig
     from liquidc.frontend.families.common import HARMLESS
     from liquidc.frontend.fields import Fields
 
@@ -213,7 +226,7 @@ def _read(family: Family, text: object, tensors: Tensors) -> Data:
             data[name] = data.pop(alias)
     fields = Fields("", data, family.defaults)
     fields.skip(HARMLESS)
-    told = family.read(fields, tensors)
+    config = LiquidConfig.from_dict(family.read(fields, tensors))
     if idle := fields.without_effect():
         warnings.warn(
             f"{tensors.directory / 'config.json'}: fields that change nothing here: "
@@ -221,7 +234,7 @@ def _read(family: Family, text: object, tensors: Tensors) -> Data:
             LiquidWarning,
             stacklevel=2,
         )
-    return told
+    return config
 
 
 def _check(directory: Path, model: nn.Module, weights: Mapping[str, WeightExpr]) -> None:

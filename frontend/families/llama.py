@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from liquidc.frontend.families import common
-from liquidc.frontend.families.common import Data, Family, llama_part, same, sliding
+from liquidc.frontend.families.common import Data, Family, llama_part, same, sliding, sliding_kinds
 from liquidc.frontend.families.tensors import Tensors
 from liquidc.frontend.fields import Fields
 
@@ -19,11 +19,13 @@ def read_llama(f: Fields, t: Tensors) -> Data:
 
 
 def read_mistral(f: Fields, t: Tensors) -> Data:
-    """`MistralConfig`: a window over all layers, or none."""
+    """`MistralConfig`, or `MinistralConfig` where there are `layer_types`."""
     del t
     data = llama_part(f)
-    window, layers = f.optional_integer("sliding_window"), range(data["num_hidden_layers"])
-    return {**data, "attention": sliding(data, window, layers)}
+    window = f.optional_integer("sliding_window")
+    slides = sliding_kinds(f, data, [] if window is None else range(data["num_hidden_layers"]))
+    f.refuse_if(bool(slides) and window is None, "sliding_window", "given, since layers slide")
+    return {**data, "attention": sliding(data, window, slides)}
 
 
 DEFAULTS = {**common.LLAMA, "attention_bias": False, "mlp_bias": False}

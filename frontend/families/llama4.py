@@ -15,9 +15,12 @@ def read(f: Fields, t: Tensors) -> Data:
     del t
     data = llama_part(f)
     layers, width = data["num_hidden_layers"], data["intermediate_size"]
-    step = f.integer("interleave_moe_layer_step", least=1)
     chosen = f.optional_integers("moe_layers")
-    sparse = range(step - 1, layers, step) if chosen is None else {*chosen} & {*range(layers)}
+    if chosen is None:
+        step = f.integer("interleave_moe_layer_step", least=1)
+        chosen = list(range(step - 1, layers, step))
+    f.skip(("interleave_moe_layer_step",))
+    sparse = {*chosen} & {*range(layers)}
     moe = {
         "num_experts": f.integer("num_local_experts", least=1),
         "num_experts_per_tok": f.integer("num_experts_per_tok", least=1),

@@ -23,7 +23,7 @@ from liquidc.ir.weights import (
 
 _DECODER = ("embed_tokens.", "layers.", "norm.")
 """How the names of a decoder begin that is stored without its head."""
-_BLOCK = 1 << 22
+BLOCK = 1 << 22
 """Elements that are compared at a time."""
 
 
@@ -103,7 +103,7 @@ def same_values(a: WeightExpr, b: WeightExpr, source: WeightSource) -> bool:
     """
     if a.sizes != b.sizes or len(a.sizes) != 2:
         return False
-    step = max(1, _BLOCK // max(1, a.sizes[1]))
+    step = max(1, BLOCK // max(1, a.sizes[1]))
     for start in range(0, a.sizes[0], step):
         span = ((start, min(start + step, a.sizes[0])), (0, a.sizes[1]))
         if not torch.equal(a.read(source, span).double(), b.read(source, span).double()):

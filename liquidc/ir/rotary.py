@@ -88,13 +88,16 @@ def _linear(plain: list[float], theta: float, numbers: tuple[float, ...]) -> lis
 
 
 def _llama3(plain: list[float], theta: float, numbers: tuple[float, ...]) -> list[float]:
-    """Long waves slower by the factor, short ones as they are, a ramp between."""
+    """Long waves slower by the factor, short ones as they are, a ramp between.
+
+    There is no ramp where the high frequency factor is not above the low one (Llama 4 Scout).
+    """
     del theta
     factor, low, high, context = numbers
     scaled: list[float] = []
     for rate in plain:
         turns = context * rate / (2 * math.pi)
-        share = min(max((turns - low) / (high - low), 0.0), 1.0)
+        share = (turns - low) / (high - low) if low < turns < high else float(turns > low)
         scaled.append((1 - share) * rate / factor + share * rate)
     return scaled
 

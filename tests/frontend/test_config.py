@@ -162,9 +162,6 @@ CONTRADICTIONS: dict[str, dict[str, Any]] = {
     "rope_parameters must be a JSON object": {"rope_parameters": 3},
     "rope_parameters.rope_type is 'longrope'": {"rope_parameters": {"rope_type": "longrope"}},
     "rope_parameters.factor is not given": {"rope_parameters": {"rope_type": "yarn"}},
-    "rope_scaling.high_freq_factor is 1.0; it must be above": {
-        "rope_scaling": {"type": "llama3", "factor": 2.0, "high_freq_factor": 1.0}
-    },
     "attention.sliding_layers is [1]; it must be all": {"attention.sliding_layers": [1]},
     "attention.sliding_layers is [4]; with num_hidden_layers 4": {
         "attention.sliding_layers": [4],
@@ -297,6 +294,7 @@ ROUND_TRIPS: list[dict[str, Any]] = [
         "moe.topk_group": 3,
     },
     {"rope_parameters": {"rope_type": "default", "rope_theta": 500.0}},
+    {"rope_parameters": {"rope_type": "llama3", "factor": 2.0, "high_freq_factor": 1.0}},
     {"attention_dropout": 0, "rms_norm_eps": 1, "attention.clip_qkv": 8.0},
     {"attention.chunk_size": 4, "attention.chunk_layers": [1, 3]},
     {"depth_gate.layers": [], "moe.num_experts": 0},

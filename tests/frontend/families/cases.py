@@ -119,7 +119,7 @@ CASES = {
         {**MOE, "head_dim": 8, "norm_topk_prob": False, "decoder_sparse_step": 2},
         original=False,
     ),
-    "olmoe": Case("Olmoe", {"num_experts": 8, "num_experts_per_tok": 3}),
+    "olmoe": Case("Olmoe", {"num_experts": 8, "num_experts_per_tok": 3, "clip_qkv": 1.5}),
     "olmoe-normed-stacked": Case(
         "Olmoe",
         {"num_experts": 4, "num_experts_per_tok": 2, "norm_topk_prob": True},
@@ -169,6 +169,17 @@ CASES = {
             "floor_scale": 3,
             "attn_scale": 0.4,
             "rope_parameters": LLAMA3,
+        },
+    ),
+    "llama4-other-chunks": Case(
+        "Llama4Text",
+        {
+            "num_local_experts": 4,
+            "head_dim": 8,
+            "intermediate_size_mlp": 40,
+            "attention_chunk_size": 4,
+            "no_rope_layers": [1, 0, 1],
+            "layer_types": ["full_attention", "chunked_attention", "chunked_attention"],
         },
     ),
     "llama4-all-sparse": Case(
