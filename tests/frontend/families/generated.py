@@ -133,7 +133,7 @@ KEYS: dict[str, dict[str, tuple[Any, ...]]] = {
         **QWEN_MOE,
         **QWEN,
         "qkv_bias": FLAG,
-        "layer_types": (LEFT_OUT,) * 9 + tuple(KINDS),
+        "layer_types": (LEFT_OUT, None, *KINDS),
     },
     "qwen3_moe": {
         **QWEN_MOE,
@@ -233,6 +233,8 @@ def checkpoints(draw: st.DrawFn, kind: str) -> Stored:
     values = {**COMMON, **KEYS[kind]}
     config = {key: value for key, value in BASES[kind].items() if key not in values}
     config |= chosen(draw, values)
+    if kind == "qwen2_moe" and not config.get("use_sliding_window") and draw(st.integers(0, 3)):
+        config.pop("layer_types", None)  # most of them are refused
     for key in ("layer_types", "no_rope_layers"):
         if config.get(key):
             config[key] = config[key][: config["num_hidden_layers"]]
