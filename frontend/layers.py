@@ -147,15 +147,19 @@ class Layer(nn.Module):
         else:
             visible = written if self.drops else None
             mixed = attn.attend_sequence(q, k, v, visible)
-        a, target = self._scaled(attn.output(mixed)), self.gate.scale_target
-        if target == "both":
-            a = _times(t.get("alpha_a"), a)
-        if self.gates_attention:
-            a = keep(t["mask_a"], a, t["p_a"])
-        out["h"] = t["x"] + a
-        if target == "delta" and "alpha_a" in t:
-            out["base"] = t["x"] + _times(t["alpha_a"], a)
+        a, alpha, target = (
+            self._scaled(attn.output(mixed)),
+            t.get("alpha_a"),
+            self.gate.scale_target,
+        )
+        out["h"] = t["x"] + self._kept(t, _times(alpha, a) if target == "both" else a)
+        if target == "delta" and alpha is not None:
+            out["base"] = t["x"] + self._kept(t, _times(alpha, a))
         return out
+
+    def _kept(self, t: Tensors, a: Tensor) -> Tensor:
+        """What attention adds, of the tokens that run it: the mask stands outside of all scales."""
+        return keep(t["mask_a"], a, t["p_a"]) if self.gates_attention else a
 
     def _skip_attention(self, t: Tensors) -> Tensors:
         """As `_run_attention` when no token runs: what the cache policy asks of skipped tokens."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -38,6 +39,12 @@ def traced(case: Case) -> Module:
     return trace(model)
 
 
+@cache
+def traced_by_name(name: str) -> Module:
+    """The IR of a case, to be cloned before it is changed."""
+    return traced(CASES[name])
+
+
 def stepper(interpreter: Interpreter, function: str) -> Any:
     """`drive`'s step over an interpreter."""
 
@@ -51,7 +58,7 @@ def stepper(interpreter: Interpreter, function: str) -> Any:
 @pytest.mark.parametrize("name", CASES)
 def test_interpreted_trace_matches_the_oracle(name: str) -> None:
     case = CASES[name]
-    module = traced(case)
+    module = traced_by_name(name)
     text = print_module(module)
     again = parse_module(text)
     verify(again)

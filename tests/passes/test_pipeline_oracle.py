@@ -11,8 +11,9 @@ from liquidc.facts import model_info
 from liquidc.ir import Function, Module, Op, ops, parse_module, print_module, verify
 from liquidc.ir.interpreter import Interpreter
 from liquidc.ir.rewriter import Statistics
+from liquidc.passes.fix_depth import FixDepth
 from liquidc.passes.registry import DEFAULT_PIPELINE, PASSES
-from tests.frontend.test_trace import CASES, Weights, stepper, traced
+from tests.frontend.test_trace import CASES, Weights, stepper, traced_by_name
 from tests.oracle.drive import drive
 from tests.oracle.grid import Case
 from tests.oracle.reference import assert_matches, reference, tolerance
@@ -34,10 +35,21 @@ widths.
 """
 
 
+FORMS = (
+    "fold-constants",
+    "eliminate-common",
+    "hoist-common",
+    "fold-identity-experts",
+    "stack-experts",
+    "group-experts",
+)
+"""Passes before gates are lowered."""
+
+
 @cache
 def optimised(name: str) -> tuple[Module, Statistics]:
     """A case's module after the default passes, valid after each, and what they did."""
-    module, statistics = traced(CASES[name]), Statistics()
+    module, statistics = traced_by_name(name).clone(), Statistics()
     for step in DEFAULT_PIPELINE:
         PASSES[step]().run(module, statistics)
         verify(module)
@@ -71,6 +83,24 @@ def test_optimised_trace_matches_the_oracle(name: str) -> None:
 @pytest.mark.parametrize("name", CASES)
 def test_every_optimised_trace_matches_the_oracle_on_every_batch(name: str) -> None:
     assert_equals_the_oracle(CASES[name], slice(None))
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_every_case_lowers_in_every_form(name: str) -> None:
+    """As a branch, on compacted rows and under a mask: no gated layer refuses a form."""
+    module = traced_by_name(name).clone()
+    del module.functions["decode"]
+    for step in FORMS:
+        PASSES[step]().run(module, Statistics())
+    gated = [op for op in module.walk() if isinstance(op, ops.If)]
+    compact, masked, told = module.clone(), module.clone(), Statistics()
+    for step in ("fuse-linear", "compact-tokens"):
+        PASSES[step]().run(compact, told)
+    assert told.fired["compact-tokens"] == len(gated), told.near_misses["compact-tokens"]
+    FixDepth().run(masked, Statistics())
+    assert not [op for op in masked.walk() if isinstance(op, ops.If)]
+    for lowered in (compact, masked):
+        verify(lowered)
 
 
 @pytest.mark.parametrize("name", FEW)
