@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from liquidc.ir.regions import Key
 from liquidc.ir.weights import WeightExpr, WeightSource
 
 if TYPE_CHECKING:
@@ -133,9 +134,9 @@ class Trace:
     """What a profiled run executed, by the target's own profiler; nothing is taken from outputs.
 
     Args:
-        gates: by index of the gate, the tokens for which the work behind it was computed: the
-            leading dimension of that work, summed over the calls. Work that is masked instead of
-            skipped counts all tokens.
+        regions: by gate and number of a region that it opens, the tokens for which the work there
+            was computed: its rows, summed over the calls. A target without control flow computes
+            what a gate decides under a mask, for all tokens: that is region 0.
         experts: by layer and expert, the tokens that the expert computed; a layer is absent if the
             profiler can't tell its experts apart.
         fused: layers whose experts ran as one operator, which hides what each of them computed.
@@ -143,18 +144,27 @@ class Trace:
             counted above when it was right, and nowhere when it was not.
     """
 
-    gates: dict[int, int] = field(default_factory=dict[int, int])
+    regions: dict[Key, int] = field(default_factory=dict[Key, int])
     experts: dict[int, dict[int, int]] = field(default_factory=dict[int, dict[int, int]])
     fused: frozenset[int] = frozenset()
     guard: Guard = field(default_factory=Guard)
 
 
-def path_gates(manifest: Manifest) -> list[int]:
-    """Gates whose work is done for one token whenever the expected path is right."""
+def path_regions(manifest: Manifest) -> list[Key]:
+    """Regions whose work is done for one token whenever the expected path is right.
+
+    On that path they are straight-line code; regions inside them are not, and count by themselves.
+    """
     guard: dict[str, Any] = manifest.artifact.get("guard", {})
     digits = zip(guard.get("gates", ()), guard.get("path", ""), strict=True)
     gates = manifest.model.gates
-    return [gate for gate, digit in digits if digit == "1" and gates[gate].lowering != "mask"]
+    return [
+        (gate, region.number)
+        for gate, digit in digits
+        if digit == "1"
+        for region in gates[gate].regions
+        if region.masks == (gate,) and not region.within and not region.without
+    ]
 
 
 class Cache(Protocol):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 import traceback
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -67,17 +68,19 @@ _PLUMBING = (
 class Part:
     """A part of the model that is traced as one graph, and where it stands.
 
-    `label` names its conditionals (`layer3`); `conditionals` counts those at its top. For a layer:
-    its number, the number of its first gate among all gates, and the layers that remain.
+    `label` names its conditionals for people (`layer3`); `conditionals` counts those at its top.
+    For a layer: its number, the number of its first gate among all gates, the layers that remain,
+    and how many regions each gate has opened so far.
     """
 
     label: str
     conditionals: int = 0
-    layer: int = 0
+    layer: int = -1
     gate: int = 0
     remaining: int = 0
     conditionals_seen: int = 0
     gates_seen: int = 0
+    regions: Counter[int] = field(default_factory=Counter[int])
 
     def next_label(self) -> str:
         """The label of the next conditional at the top: of two, attention, then feed-forward."""
@@ -259,7 +262,8 @@ class Importer:
 
     def inner(self, label: str) -> Importer:
         """An importer for a nested block."""
-        return Importer(self.module, Block(), self.dims, Part(label))
+        part = Part(label, layer=self.part.layer, regions=self.part.regions)
+        return Importer(self.module, Block(), self.dims, part)
 
     def arm(self, graph: fx.GraphModule, inputs: Sequence[Any], label: str) -> Block:
         """A branch of `torch.cond` as a block that ends in yield."""

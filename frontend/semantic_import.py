@@ -13,6 +13,7 @@ from liquidc.errors import UnsupportedError
 from liquidc.frontend.importer import Import, Importer, export, traced
 from liquidc.frontend.semantic_ops import EXPERTS
 from liquidc.ir import Block, Op, TensorType, Value, ops
+from liquidc.ir.regions import gates_asked
 from liquidc.ir.weights import Select, sizes, torch_dtype
 
 
@@ -47,11 +48,19 @@ def _depth_gate(imp: Importer, node: fx.Node) -> list[Value]:
 
 
 def _cond(imp: Importer, node: fx.Node) -> list[Value]:
-    """`torch.cond` as `if`."""
+    """`torch.cond` as `if`: the region of the last gate that it asks, if it asks any."""
     pred, run, skip, operands = imp.resolve(node.args)
     label = imp.part.next_label()
+    gates, _ = gates_asked(pred)
+    identity: dict[str, Any] = {}
+    if gates:
+        gate = gates[-1]
+        region = imp.part.regions[gate.gate]
+        imp.part.regions[gate.gate] += 1
+        identity = {"role": "gate", "gate": gate.gate, "region": region, "layer": gate.layer}
     then, otherwise = (imp.arm(graph, operands, label) for graph in (run, skip))
-    op = ops.If(imp.reshape(pred, ()), label=label, then=then, otherwise=otherwise)
+    cond = imp.reshape(pred, ())
+    op = ops.If(cond, label=label, **identity, then=then, otherwise=otherwise)
     return list(imp.emit(op, node).results)
 
 
@@ -87,7 +96,15 @@ def _dispatch(imp: Importer, node: fx.Node) -> Value:
         inner.block.append(ops.Yield([inner.emit(ops.Add(total, kept), node).y]))
         other = Block()
         other.append(ops.Yield([total]))
-        op = ops.If(any_used, label=label, then=inner.block, otherwise=other)
+        op = ops.If(
+            any_used,
+            label=label,
+            role="expert",
+            layer=imp.part.layer,
+            expert=expert,
+            then=inner.block,
+            otherwise=other,
+        )
         total = imp.emit(op, node).results[0]
     return total
 

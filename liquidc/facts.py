@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from typing import cast
 
 from liquidc.errors import InternalError
-from liquidc.ir import Function, Module, Value, ops
+from liquidc.ir import Function, Module, ops
 from liquidc.ir.experts import (
     Holder,
     identity_experts,
@@ -14,6 +14,7 @@ from liquidc.ir.experts import (
     places_of_experts,
     routers_by_layer,
 )
+from liquidc.ir.regions import regions_of
 from liquidc.ir.types import TensorType
 from liquidc.ir.weights import sizes
 from liquidc.manifest import (
@@ -22,6 +23,7 @@ from liquidc.manifest import (
     ExpertInfo,
     GateInfo,
     ModelInfo,
+    RegionInfo,
     TensorSpec,
 )
 
@@ -86,25 +88,28 @@ def _spec(name: str, type: TensorType) -> TensorSpec:
 
 
 def _gates(main: Function) -> tuple[GateInfo, ...]:
+    regions: dict[int, list[RegionInfo]] = {}
+    for region in regions_of(main):
+        if not region.tried:
+            gate, number = region.key
+            info = RegionInfo(
+                number,
+                region.lowering,
+                region.masks,
+                region.within,
+                region.without,
+                region.shown,
+            )
+            regions.setdefault(gate, []).append(info)
     found: dict[int, GateInfo] = {}
     for op in main.body.walk():
         if isinstance(op, ops.DepthGate | ops.FixedGate):
             fixed = 0 if isinstance(op, ops.DepthGate) else 1 if op.run else -1
-            lowering = "branch" if fixed else _lowering(op.mask)
+            opened = tuple(regions.get(op.gate, ()))
             found[op.gate] = GateInfo(
-                op.layer, op.threshold, op.compare, op.reserved, fixed, lowering
+                op.layer, op.threshold, op.compare, op.reserved, fixed, opened
             )
     return tuple(found[index] for index in sorted(found))
-
-
-def _lowering(mask: Value) -> str:
-    """How the tokens of a mask are computed."""
-    asked = [user for user in mask.uses if isinstance(user, ops.Any)]
-    arms = [op.then for any_op in asked for op in any_op.y.uses if isinstance(op, ops.If)]
-    if not arms:
-        return "mask"
-    compact = any(isinstance(op, ops.Rows) and op.mask is mask for arm in arms for op in arm.ops)
-    return "compact" if compact else "branch"
 
 
 def _experts(main: Function) -> tuple[ExpertInfo, ...]:

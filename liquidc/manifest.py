@@ -16,8 +16,8 @@ from liquidc.errors import EngineError
 from liquidc.records import canonical, from_json, to_json
 
 FORMAT = "liquidc-engine"
-SCHEMA = 1
-"""Version of the engine directory. A loader refuses a newer one."""
+SCHEMA = 2
+"""Version of the engine directory. A loader refuses every other one."""
 
 MANIFEST = "manifest.json"
 MAX_BYTES = 64 * 1024 * 1024
@@ -50,12 +50,35 @@ class EntryPoint:
 
 
 @dataclass(frozen=True, slots=True)
+class RegionInfo:
+    """One of the regions that a gate opens: code that is run if one of its tokens runs.
+
+    Attributes:
+        number: among the regions of the gate.
+        lowering: a `branch` computes all tokens of a call if one of them runs, `compact` those
+            that run.
+        masks: the gates that decide which tokens run: those that all of them let run. Empty if
+            something else decides too.
+        within: the regions around it, by their masks: it is reached if a token runs each of them.
+        without: conditionals in whose other arm it stands, by their masks: it is reached if no
+            token runs them.
+        shown: whether a profile shows how many tokens it computed, and decisions say how many.
+    """
+
+    number: int
+    lowering: str
+    masks: tuple[int, ...]
+    within: tuple[tuple[int, ...], ...] = ()
+    without: tuple[tuple[int, ...], ...] = ()
+    shown: bool = True
+
+
+@dataclass(frozen=True, slots=True)
 class GateInfo:
     """One depth gate; its index in the list is its index in `gate_force` and `gates`.
 
     `fixed` is 1 or -1 if the gate was decided at compile time: to run for all tokens, or for none.
-    `lowering` is how it is computed: a `branch` computes all tokens of a call if one of them runs,
-    `compact` those that run, a `mask` all of them always.
+    `regions` are what it opens; none are left where all tokens are computed under the gate's mask.
     """
 
     layer: int
@@ -63,7 +86,13 @@ class GateInfo:
     compare: str
     reserved: int = 0
     fixed: int = 0
-    lowering: str = "branch"
+    regions: tuple[RegionInfo, ...] = ()
+
+    @property
+    def lowering(self) -> str:
+        """`branch`, `compact` or `mask`: of several regions, that which computes most tokens."""
+        lowerings = {region.lowering for region in self.regions} or {"mask"}
+        return "branch" if "branch" in lowerings else lowerings.pop()
 
 
 @dataclass(frozen=True, slots=True)
@@ -198,6 +227,11 @@ def parse_manifest(data: bytes, where: str) -> Manifest:
         raise EngineError(
             f"{where}: schema {schema} is newer than {SCHEMA}, the newest that this liquidc "
             "reads; update liquidc or compile the engine again"
+        )
+    if type(schema) is int and 0 < schema < SCHEMA:
+        raise EngineError(
+            f"{where}: schema {schema} is older than {SCHEMA}, the only one that this liquidc "
+            "reads; compile the engine again"
         )
     if schema != SCHEMA:
         raise EngineError(f"{where}: schema must be {SCHEMA}, not {schema!r}")

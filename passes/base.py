@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 def _no_expert_regions(module: Module) -> bool:
-    return not any(isinstance(op, ops.If) and "/expert" in op.label for op in module.walk())
+    return not any(isinstance(op, ops.If) and op.role == "expert" for op in module.walk())
 
 
 FACTS: dict[str, Callable[[Module], bool]] = {"no-expert-regions": _no_expert_regions}

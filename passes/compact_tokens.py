@@ -50,7 +50,7 @@ class CompactTokens(Pass):
         for op in block.ops:
             for inner in op.regions.values():
                 self._block(inner, taken, statistics)
-            if isinstance(op, ops.If) and "/expert" not in op.label:
+            if isinstance(op, ops.If) and op.role != "expert":
                 try:
                     _compact(op, taken)
                     statistics.fired[self.name] += 1

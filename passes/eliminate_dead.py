@@ -65,7 +65,7 @@ def drop_results(op: ops.If, keep: list[int]) -> ops.If:
         end.forget()
         arm.ops.pop()
         arm.append(ops.Yield(values))
-    new = ops.If(op.cond, label=op.label, then=op.then, otherwise=op.otherwise, loc=op.loc)
+    new = op.clone(reinfer=True, then=op.then, otherwise=op.otherwise)
     for index, value in zip(keep, new.results, strict=True):
         value.name = op.results[index].name
         op.results[index].replace_by(value)

@@ -36,8 +36,8 @@ class Region:
 
 
 def is_region(op: ops.If) -> bool:
-    """Whether a conditional is labelled as an expert's."""
-    return "/expert" in op.label
+    """Whether a conditional is an expert's."""
+    return op.role == "expert"
 
 
 def next_region(op: ops.If) -> ops.If | None:

@@ -75,7 +75,7 @@ class FoldLinearChain(Rule):
         rw.check(m * n < m * k + k * n, "one projection takes as many weights as two")
         rw.check(m * k * n <= LARGEST, "the product of its weights is too large")
         weight = declare(self.module, rw, joined(names), Product(b, a))
-        folded = rw.emit(ops.Linear(inner.x, weight, op.bias, loc=op.loc))
+        folded = rw.emit(op.clone(x=inner.x, weight=weight))
         self.routed.add(folded)
         return [folded.y]
 
@@ -106,7 +106,7 @@ class FoldTwoLogits(Rule):
         if linear.bias is not None:
             known = rw.need(linear.bias.op, ops.Weight, "the bias is no weight")
             bias = self._difference(known.weight, rows, rw)
-        folded = rw.emit(ops.Linear(linear.x, weight, bias, loc=linear.loc))
+        folded = rw.emit(linear.clone(weight=weight, bias=bias, reinfer=True))
         self.routed.add(folded)
         if folded.y.type == op.y.type:
             return [folded.y]

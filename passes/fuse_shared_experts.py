@@ -91,14 +91,14 @@ def _fuse(module: Module, block: Block, add: ops.Add) -> None:
     rw.check(wide % width == 0, f"its width {wide} is no multiple of the experts' {width}")
     more = wide // width
     fused = rw.emit(
-        ops.GroupedExperts(
-            experts.x,
-            _with_numbers(experts.index, count, more, rw),
-            _with_shares(experts.weight, shared.share, more, rw),
-            _joined(module, rw, gate_up, _pieces(shared.gate, shared.up, width)),
-            _joined(module, rw, down, [_part(shared.down, 1, i, width) for i in range(more)]),
-            apply=experts.apply,
-            loc=experts.loc,
+        experts.clone(
+            reinfer=True,
+            index=_with_numbers(experts.index, count, more, rw),
+            weight=_with_shares(experts.weight, shared.share, more, rw),
+            gate_up=_joined(module, rw, gate_up, _pieces(shared.gate, shared.up, width)),
+            down=_joined(
+                module, rw, down, [_part(shared.down, 1, i, width) for i in range(more)]
+            ),
         )
     )
     fused.y.name = add.y.name

@@ -99,27 +99,20 @@ def copy_bound(op: Op, new: Block, mapping: dict[Value, Value], bind: Mapping[st
 
     Operands are looked up in `mapping`, which gets the results.
     """
-    given: dict[str, Any] = dict(op.attributes)
+    changes: dict[str, Any] = {"result_types": [bound(v.type, bind) for v in op.results]}
     for name in ("shape", "dim"):
-        value = given.get(name)
+        value = op.attributes.get(name)
         if isinstance(value, tuple):
-            given[name] = tuple(_bound_dim(dim, bind) for dim in value)
+            changes[name] = tuple(_bound_dim(dim, bind) for dim in value)
         elif isinstance(value, str) and isinstance(op, ops.Size | ops.Iota):
-            given[name] = _bound_dim(value, bind)
-    for f in op.fields:
-        if f.name in op.segments:
-            values = [mapping[v] for v in op.operands[op.segments[f.name]]]
-            given[f.name] = values if f.kind == "variadic" else (values or [None])[0]
-        elif f.name in op.regions:
-            inner = op.regions[f.name]
-            given[f.name] = Block([(a.name, bound(a.type, bind)) for a in inner.args])
-            mapping.update(zip(inner.args, given[f.name].args, strict=True))
-            _copy_block(inner, given[f.name], mapping, bind)
-    types = [bound(v.type, bind) for v in op.results]
-    copy = new.append(type(op)(**given, loc=op.loc, result_types=types))
-    for a, b in zip(op.results, copy.results, strict=True):
-        b.name = a.name
-        mapping[a] = b
+            changes[name] = _bound_dim(value, bind)
+    operands = {v: mapping[v] for v in op.operands}
+    for name, inner in op.regions.items():
+        changes[name] = Block([(a.name, bound(a.type, bind)) for a in inner.args])
+        mapping.update(zip(inner.args, changes[name].args, strict=True))
+        _copy_block(inner, changes[name], mapping, bind)
+    copy = new.append(op.clone(operands, **changes))
+    mapping.update(zip(op.results, copy.results, strict=True))
     return copy
 
 

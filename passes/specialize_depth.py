@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 from liquidc.errors import InputError
-from liquidc.ir import Block, Function, Module
+from liquidc.ir import Block, Function, Module, ops
 from liquidc.ir.rewriter import Refusal, Rewriter, Statistics
 from liquidc.passes.base import Pass, PassContext
 from liquidc.passes.gate_arms import Gate, gates_of, inline_masked
@@ -111,10 +111,7 @@ class SpecializeDepth(Pass):
 
 
 def _specialised(function: Function) -> bool:
-    from liquidc.ir import ops
-    from liquidc.passes.speculate import LABEL
-
-    return any(isinstance(op, ops.If) and op.label == LABEL for op in function.body.walk())
+    return any(isinstance(op, ops.If) and op.role == "path" for op in function.body.walk())
 
 
 def best_run(numbers: list[int], profile: Profile, least: float) -> tuple[int, str, float] | None:

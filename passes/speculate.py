@@ -1,9 +1,9 @@
 """Straight-line code for one token on an expected depth path, and the general code behind it.
 
     %try = one token, and the first gate decides as the path says
-    %ok, ... = if %try, label="path"        { the path's layers; every gate on the way }
+    %ok, ... = if %try, role="path"         { the path's layers; every gate on the way }
                else                         { false, zeros }
-    ...      = if %ok, label="path/commit"  { what the path computed; its keys and values appended }
+    ...      = if %ok, role="path"          { what the path computed; its keys and values appended }
                else                         { the general code, from the same state and cache }
 
 The function also returns whether the path was tried and whether it was right.
@@ -23,7 +23,6 @@ from liquidc.ir.rewriter import Refusal, Rewriter
 from liquidc.passes.gate_arms import Gate
 from liquidc.passes.specialize_decode import bound, copy_bound, know_mask
 
-LABEL = "path"
 TRIED, HIT = "path_tried", "path_hit"
 """Results that count: whether the path was tried, and whether all gates agreed."""
 BIND: Mapping[str, Dim] = {"B": 1, "T": 1}
@@ -58,13 +57,14 @@ def speculate(function: Function, gates: list[Gate], path: str, rw: Rewriter) ->
         block.ops.remove(op)
     before: list[Op] = []
     attempt = _attempt(gates[0], path[0] == "1", before)
-    tried = ops.If(attempt, label=LABEL, then=hot, otherwise=_nothing(hot))
+    tried = ops.If(attempt, label="path", role="path", then=hot, otherwise=_nothing(hot))
     commit = straight.commit(tried)
     general = Block()
     for op in region:
         general.append(op)
     general.append(ops.Yield(out))
-    end = ops.If(tried.results[0], label=f"{LABEL}/commit", then=commit, otherwise=general)
+    hit, label = tried.results[0], "path/commit"
+    end = ops.If(hit, label=label, role="path", then=commit, otherwise=general)
     for value, result in zip(out, end.results, strict=True):
         result.name = value.name
         for user in list(value.uses):

@@ -183,13 +183,8 @@ class Side(KnownMask):
                 )
                 return arm.emit(attend).y
             case ops.MapExperts():
-                x, index, weight = (self.row(v) for v in (op.x, op.index, op.weight))
-                params = [self.row(v) for v in op.params]
-                body = self._body(op.body)
-                experts = ops.MapExperts(
-                    x, index, weight, params, apply=op.apply, body=body, loc=op.loc
-                )
-                return arm.emit(experts).y
+                mapping = {v: self.row(v) for v in op.operands}
+                return arm.emit(op.clone(mapping, reinfer=True, body=self._body(op.body))).y
             case _:
                 pass
         changes = self._changes(op)

@@ -12,12 +12,13 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from liquidc.backends.base import Arrays, Cache, Guard, Runner, Trace, path_gates
+from liquidc.backends.base import Arrays, Cache, Guard, Runner, Trace, path_regions
 from liquidc.backends.weights_file import NAME, WeightsFile
 from liquidc.errors import InternalError
 from liquidc.ir import Module, Op, ops, parse_module, verify
 from liquidc.ir.experts import experts_held, layers_of_experts
 from liquidc.ir.interpreter import Frame, Interpreter
+from liquidc.ir.regions import Key, is_commit, regions_of
 from liquidc.ir.types import DType
 from liquidc.ir.weights import torch_dtype
 
@@ -120,21 +121,19 @@ class NullRunner(Runner):
 
 class _CountingRunner(NullRunner):
     def _new_interpreter(self, module: Module, weights: WeightsFile) -> Interpreter:
-        layers: dict[int, list[int]] = {}
-        for index, gate in enumerate(self._manifest.model.gates):
-            layers.setdefault(gate.layer, []).append(index)
-        gate_of = {
-            f"layer{layer}{part}": gate
-            for layer, gates in layers.items()
-            for part, gate in (("", gates[0]), ("/attn", gates[0]), ("/ffn", gates[-1]))
+        regions = {
+            region.witness: region.key
+            for function in module.functions.values()
+            for region in regions_of(function)
+            if region.witness is not None
         }
         layer_of = {
             op: layer
             for function in module.functions.values()
             for op, layer in layers_of_experts(function).items()
         }
-        path = path_gates(self._manifest)
-        return _Counting(module, weights, gate_of=gate_of, layer_of=layer_of, path=path)
+        path = path_regions(self._manifest)
+        return _Counting(module, weights, regions=regions, layer_of=layer_of, path=path)
 
     def trace(self) -> Trace:
         """What was counted."""
@@ -149,37 +148,27 @@ _Experts = (ops.GroupedExperts, ops.MapExperts)
 
 @dataclass(slots=True)
 class _Counting(Interpreter):
-    """Counts, where it computes, the rows of gated work and the tokens of each expert.
+    """Counts, where it computes, the rows of each region's witness and the tokens of each expert."""
 
-    The rows of a conditional's work are those of the last projection in it, the one into the
-    residual stream: what a gate lets run and nothing else reaches it.
-    """
-
-    gate_of: dict[str, int] = field(default_factory=dict[str, int])
+    regions: dict[Op, Key] = field(default_factory=dict[Op, Key])
     layer_of: dict[Op, int] = field(default_factory=dict[Op, int])
-    rows: Counter[int] = field(default_factory=Counter[int])
+    rows: Counter[Key] = field(default_factory=Counter[Key])
     experts: dict[int, Counter[int]] = field(default_factory=dict[int, Counter[int]])
-    path: Sequence[int] = ()
-    last: int = 0
+    path: Sequence[Key] = ()
 
     def _op(self, op: Op, frame: Frame) -> Sequence[torch.Tensor]:
-        if isinstance(op, ops.If) and op.label == "path" and bool(frame.values[op.cond]):
-            before = {layer: Counter(counts) for layer, counts in self.experts.items()}
+        tried = isinstance(op, ops.If) and op.role == "path" and not is_commit(op)
+        if tried and bool(frame.values[op.cond]):
+            rows, experts = Counter(self.rows), {n: Counter(c) for n, c in self.experts.items()}
             outputs = Interpreter._op(self, op, frame)
             if bool(outputs[0]):  # the path was right
                 self.rows.update(self.path)
             else:
-                self.experts = before
+                self.rows, self.experts = rows, experts
             return outputs
-        gate = self.gate_of.get(op.label) if isinstance(op, ops.If) else None
-        if isinstance(op, ops.If) and gate is not None and bool(frame.values[op.cond]):
-            self.last = 0
-            outputs = Interpreter._op(self, op, frame)
-            self.rows[gate] += self.last
-            return outputs
-        if isinstance(op, ops.Linear | ops.GroupedExperts | ops.MapExperts):
-            x = frame.values[op.x]
-            self.last = x.numel() // x.shape[-1]
+        if op in self.regions:
+            x = frame.values[op.operands[0]]
+            self.rows[self.regions[op]] += x.numel() // x.shape[-1]
         if isinstance(op, _Experts) and op in self.layer_of:
             chosen = frame.values[op.index]
             counter = self.experts.setdefault(self.layer_of[op], Counter())

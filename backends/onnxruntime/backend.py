@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from liquidc.manifest import Manifest
 
 MODEL = "model.onnx"
+NODES = "nodes.json"
+"""Which nodes of the graphs count what; see `nodes`."""
 OPSETS = "ai.onnx 24, com.microsoft 1"
 
 
@@ -54,13 +56,15 @@ def load_lowered(path: Path) -> Lowered:
 
 
 def write_engine(lowered: Lowered, context: StageContext) -> dict[str, Any]:
-    """Write weights.bin, then model.onnx that points into it."""
+    """Write weights.bin, model.onnx that points into it, and what its nodes are."""
     from liquidc.backends.onnxruntime.emit import place, readers
+    from liquidc.backends.onnxruntime.nodes import write_nodes
 
     path = context.directory / NAME
     offsets = write_weights(path, lowered.weights, context.source, context.advance, context.journal)
     model = place(lowered, NAME, offsets)
     (context.directory / MODEL).write_bytes(model.SerializeToString(deterministic=True))
+    write_nodes(context.directory, {MODEL: model.graph})
     codes = {"codes_read_by": found} if (found := readers(model)) else {}
     return {"model": MODEL, "weights": len(offsets), "nodes": len(model.graph.node), **codes}
 

@@ -26,11 +26,13 @@ from liquidc.backends.onnxruntime.graph import (
     Graph,
     Shared,
 )
+from liquidc.backends.onnxruntime.nodes import mark, mark_witness
 from liquidc.backends.onnxruntime.settle import settle, stored, weight_name
 from liquidc.backends.onnxruntime.tidy import tidy
 from liquidc.errors import UnsupportedError
 from liquidc.ir import Block, DType, Function, Module, Op, TensorType, Value, ops, parse_module
 from liquidc.ir.experts import layers_of_experts
+from liquidc.ir.regions import is_commit, regions_of
 from liquidc.ir.types import dim_names
 from liquidc.ir.weights import WeightExpr, byte_size, sizes
 
@@ -67,7 +69,12 @@ def lower(
     """
     function = module.functions[name]
     shared = Shared(
-        module, emit_block, branching, choices or Choices(), layers=layers_of_experts(function)
+        module,
+        emit_block,
+        branching,
+        choices or Choices(),
+        layers=layers_of_experts(function),
+        witnesses={r.witness: r.key for r in regions_of(function) if r.witness is not None},
     )
     graph = Graph(shared)
     inputs = [_info(arg.name, arg.type) for arg in function.args]
@@ -179,7 +186,13 @@ def emit_block(graph: Graph, block: Block) -> None:
         emit = EMIT.get(type(op))
         if emit is None:
             raise UnsupportedError(f"onnxruntime: no lowering of {_where(op)}")
-        for value, name in zip(op.results, emit(graph, op), strict=False):
+        before = len(graph.nodes)
+        names = emit(graph, op)
+        if op in graph.shared.witnesses:
+            mark_witness(graph.nodes[before:], *graph.shared.witnesses[op])
+        if isinstance(op, ops.Embed) and op.ids.name == "input_ids":
+            mark(graph.nodes[-1], "tokens")
+        for value, name in zip(op.results, names, strict=False):
             graph.names[value] = name
 
 
@@ -207,6 +220,10 @@ def _conditional(graph: Graph, op: ops.If) -> None:
         graph.wanted.get(v) or graph.shared.unique(f"{label}:{i}") for i, v in enumerate(op.results)
     ]
     graph.conditional(graph.name(op.cond), arms[0], arms[1], len(names), outputs=names)
+    if op.role:
+        role = "commit" if is_commit(op) else op.role
+        numbers = {"gate": (op.gate, op.region), "expert": (op.layer, op.expert)}
+        mark(graph.nodes[-1], role, *numbers.get(role, ()))
     for value, name in zip(op.results, names, strict=True):
         rows = _in_rows(graph, value)
         graph.names[value] = graph.unflat(name, value.shape) if rows else name

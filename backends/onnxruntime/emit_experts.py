@@ -12,6 +12,7 @@ from liquidc.backends.onnxruntime.emit_quantised import is_direct, product
 from liquidc.backends.onnxruntime.emit_route import routes_all
 from liquidc.backends.onnxruntime.emit_tensor import Emit
 from liquidc.backends.onnxruntime.graph import ELEMENT, Graph
+from liquidc.backends.onnxruntime.nodes import mark_expert
 from liquidc.errors import UnsupportedError
 from liquidc.ir import DType, Op, Value, ops
 from liquidc.ir.types import dim_names
@@ -49,6 +50,7 @@ def _by_expert(
             share = run.op("GatherND", [weight, run.op("Transpose", [found])])
             tokens = run.op("Mul", [tokens, run.op("Unsqueeze", [share, g.const([1])])])
         y = body(run, tokens, expert)
+        mark_expert(run.nodes, g.shared.layers.get(op), expert)
         if g.shared.branching:
             run.finish([y, found])
             nothing = np.zeros((0, width), F32), np.zeros((2, 0), np.int64)
@@ -108,16 +110,18 @@ def _by_piece(g: Graph, op: ops.GroupedExperts) -> list[str]:
         tokens = g.op("Mul", [tokens, g.op("Gather", [weight, slot])])
     group = _group(g, op)
 
-    def products(rows: str, factor: Value, rounded: int) -> str:
+    def products(rows: str, factor: Value, rounded: int, *, first: bool = False) -> str:
         pieces = [rows] if experts == 1 else g.op("Split", [rows, counts], experts, axis=0)
         made: list[str] = []
         for expert, piece in enumerate(pieces):
             arm = g.arm(f"{group}/expert{expert}")
             made.append(product(arm, piece, factor, expert=expert, rounded=rounded))
+            if first:
+                mark_expert(arm.nodes, g.shared.layers.get(op), expert)
             g.nodes += arm.nodes
         return g.op("Concat", made, axis=0)
 
-    inner = _glu(g, products(tokens, op.gate_up, op.input_block))
+    inner = _glu(g, products(tokens, op.gate_up, op.input_block, first=True))
     y = products(inner, op.down, op.inner_block)
     if _every_slot(op):
         blank = tokens  # all of it is written to

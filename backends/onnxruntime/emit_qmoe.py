@@ -16,6 +16,7 @@ import numpy as np
 
 from liquidc.backends.onnxruntime.emit_quantised import LEAST, stored_name
 from liquidc.backends.onnxruntime.graph import ELEMENT, Graph
+from liquidc.backends.onnxruntime.nodes import mark
 from liquidc.errors import UnsupportedError
 from liquidc.ir import Op, Value, ops
 from liquidc.ir.quantised import BITS
@@ -61,7 +62,7 @@ def qmoe(g: Graph, op: ops.GroupedExperts) -> list[str]:
         zeros.append(zero)
     inputs += ["", "", "", *zeros, "", weights]
     name = f"moe{g.shared.layers.get(op, '')}/QMoE"
-    return [
+    y = (
         g.contrib(
             "QMoE",
             inputs,
@@ -78,7 +79,10 @@ def qmoe(g: Graph, op: ops.GroupedExperts) -> list[str]:
             weights_prepacked=0,
             accuracy_level=4,
         )
-    ]
+    )
+    if op in g.shared.layers:
+        mark(g.nodes[-1], "fused", g.shared.layers[op])
+    return [y]
 
 
 def _never_negative(op: Op | None) -> bool:

@@ -14,6 +14,7 @@ from onnx import TensorProto, helper, numpy_helper
 from liquidc.backends.base import Choices
 from liquidc.errors import UnsupportedError
 from liquidc.ir import Block, Dim, DType, Module, Op, Value, ops
+from liquidc.ir.regions import Key
 from liquidc.ir.types import dim_names
 from liquidc.ir.weights import Select, WeightExpr
 
@@ -39,7 +40,7 @@ class Shared:
     """What a graph and its arms have in common.
 
     `weights` are stored beside the model, `constants` inside it; `counts` numbers names,
-    `layers` says where experts belong, `forms` the element type and shape of weights that are no
+    `layers` says where experts belong, `witnesses` by which op a region's tokens are counted, `forms` the element type and shape of weights that are no
     plain tensors. `emit` adds the nodes of a block. Without `branching` there is no If.
     """
 
@@ -52,6 +53,7 @@ class Shared:
     initializers: list[onnx.TensorProto] = field(default_factory=list[onnx.TensorProto])
     counts: dict[str, int] = field(default_factory=dict[str, int])
     layers: dict[Op, int] = field(default_factory=dict[Op, int])
+    witnesses: dict[Op, Key] = field(default_factory=dict[Op, Key])
     forms: dict[str, Form] = field(default_factory=dict[str, Form])
 
     def unique(self, name: str) -> str:

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import json
-import re
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,10 +14,12 @@ import numpy as np
 import onnxruntime as ort
 from numpy.typing import NDArray
 
-from liquidc.backends.base import Arrays, Cache, Guard, Runner, RunnerOptions, Trace, path_gates
+from liquidc.backends.base import Arrays, Cache, Guard, Runner, RunnerOptions, Trace, path_regions
+from liquidc.backends.onnxruntime.backend import NODES
 from liquidc.backends.onnxruntime.huge_pages import huge_pages
 from liquidc.errors import InputError, InternalError
 from liquidc.ir import DType
+from liquidc.ir.regions import Key
 from liquidc.text import is_text
 
 if TYPE_CHECKING:
@@ -126,7 +127,8 @@ class OrtRunner(Runner):
             settings.enable_profiling = True
             settings.profile_file_prefix = profile
         self._engine, self._manifest, self._options = engine, manifest, options
-        path = engine / (model or str(manifest.artifact["model"]))
+        self._model = model or str(manifest.artifact["model"])
+        path = engine / self._model
         if not is_text(str(path)):
             raise InputError(f"{path}: ONNX Runtime opens UTF-8 paths alone; rename the directory")
         with huge_pages():
@@ -214,7 +216,7 @@ class OrtRunner(Runner):
         return binding
 
     def profile(self, work: Callable[[Runner], None]) -> Trace:
-        """See `Runner`: ONNX Runtime's own profile, read by the nodes' names and shapes."""
+        """See `Runner`: ONNX Runtime's own profile, read by the engine's table of nodes."""
         with tempfile.TemporaryDirectory() as scratch:
             runner = OrtRunner(
                 self._engine, self._manifest, self._options, str(Path(scratch) / "profile")
@@ -222,21 +224,15 @@ class OrtRunner(Runner):
             work(runner)
             events = runner.events()
             runner.close()
-        return read_trace(events, self._gates_by_label(), path_gates(self._manifest))
+        return read_trace(events, self.nodes(), path_regions(self._manifest))
 
     def events(self) -> list[dict[str, Any]]:
         """What the profiler of the session saw until now; it ends."""
         return json.loads(Path(self._session.end_profiling()).read_text(encoding="utf-8"))
 
-    def _gates_by_label(self) -> dict[str, int]:
-        layers: dict[int, list[int]] = {}
-        for index, gate in enumerate(self._manifest.model.gates):
-            layers.setdefault(gate.layer, []).append(index)
-        return {
-            f"layer{layer}{part}": gate
-            for layer, gates in layers.items()
-            for part, gate in (("", gates[0]), ("/attn", gates[0]), ("/ffn", gates[-1]))
-        }
+    def nodes(self) -> dict[str, Any]:
+        """What the nodes of the graph count; see `nodes`."""
+        return json.loads((self._engine / NODES).read_text(encoding="utf-8"))[self._model]
 
     def close(self) -> None:
         """Free the session."""
@@ -248,57 +244,61 @@ def _past(name: str) -> str:
     return name.replace("present.", "past.", 1)
 
 
-_GATED = re.compile(r"(fused )?(?P<label>layer\d+(/attn|/ffn)?)/run/Gemm_kernel_time")
-_FUSED = re.compile(r"(.+/)?moe(?P<layer>\d+)/QMoE_kernel_time")
-_EXPERT = re.compile(r"(fused )?(.+/)?moe(?P<layer>\d+)/expert(?P<expert>\d+)/Gemm_kernel_time")
-
-
 def read_trace(
-    events: list[dict[str, Any]], gates: Mapping[str, int], path: Sequence[int] = ()
+    events: list[dict[str, Any]], nodes: Mapping[str, Any], path: Sequence[Key] = ()
 ) -> Trace:
-    """Tokens behind each gate and of each expert, from a profile's node events.
+    """Tokens of each region and of each expert, from a profile's node events.
 
-    They are the rows of the first matrix product of an arm, the node whose name has no number: in
-    a layer a projection, in an expert that of gate and up. ONNX Runtime 1.32 names a product that
-    it fused with an activation `fused ...`.
+    They are the rows that the first input of a node has; `nodes` says which nodes to look at.
 
     Args:
         events: of the profiler's file.
-        gates: index by label of the conditional.
-        path: gates that run on the path that is tried first; one token is tried at a time.
+        nodes: of the engine's table, for the graph that ran.
+        path: regions whose work is done for one token whenever the path that is tried is right.
     """
-    rows: Counter[int] = Counter()
-    experts: dict[int, Counter[int]] = {}
-    fused: set[int] = set()
-    guard, pending = Guard(), dict[tuple[int, int], int]()
-    trying = False
+    regions, experts, fused, parts = (
+        dict(_by_event(nodes[name])) for name in ("regions", "experts", "fused", "path")
+    )
+    counts: Counter[tuple[str, int, int]] = Counter()
+    pending = counts
+    guard, trying, seen = Guard(), False, set[int]()
     for event in events:
         if event.get("cat") != "Node":
             continue
         name = str(event["name"])
-        if name.startswith("path/run/") and not trying:
-            trying, pending = True, {}
+        part = parts.get(name)
+        if part == "try" and not trying:
+            trying, pending = True, Counter()
             guard.tried += 1
-        elif trying and name.startswith(("path/commit/", "layer")):
-            trying = False
-            if name.startswith("path/commit/run/"):
-                rows.update(path)
-                for (layer, expert), count in pending.items():
-                    experts.setdefault(layer, Counter())[expert] += count
-            else:
-                guard.missed += 1
-        if (gated := _GATED.fullmatch(name)) and gated["label"] in gates:
-            rows[gates[gated["label"]]] += _first_size(event)
-        elif found := _FUSED.fullmatch(name):
-            fused.add(int(found["layer"]))
-        elif found := _EXPERT.fullmatch(name):
-            layer, expert = int(found["layer"]), int(found["expert"])
-            if trying:
-                pending[layer, expert] = pending.get((layer, expert), 0) + _first_size(event)
-            else:
-                experts.setdefault(layer, Counter())[expert] += _first_size(event)
-    counts = {layer: dict(counter) for layer, counter in experts.items()}
-    return Trace(dict(rows), counts, frozenset(fused), guard)
+        elif trying and part in ("hit", "miss"):
+            if part == "hit":
+                counts.update(pending)
+                counts.update(("gate", *key) for key in path)
+            guard.missed += part == "miss"
+            trying, pending = False, counts
+        if name in regions:
+            pending["gate", *regions[name]] += _first_size(event)
+        elif name in experts:
+            pending["expert", *experts[name]] += _first_size(event)
+        if name in fused:
+            seen.add(fused[name])
+    rows, used = dict[Key, int](), dict[int, dict[int, int]]()
+    for (role, first, second), count in counts.items():
+        if role == "gate":
+            rows[first, second] = count
+        else:
+            used.setdefault(first, {})[second] = count
+    return Trace(rows, used, frozenset(seen), guard)
+
+
+def _by_event(table: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    """A table by the names that ONNX Runtime 1.32 gives events of a node.
+
+    A product that it fused with the activation behind it is named anew.
+    """
+    for name, value in table.items():
+        yield f"{name}_kernel_time", value
+        yield f"fused {name}_kernel_time", value
 
 
 def _first_size(event: dict[str, Any]) -> int:

@@ -16,6 +16,8 @@ from liquidc.ir.weights import WeightExpr
 if TYPE_CHECKING:
     from pathlib import Path
 
+    import onnx
+
     from liquidc.backends.onnxruntime.emit import Lowered
     from liquidc.manifest import Manifest
 
@@ -33,8 +35,9 @@ def lower_module(module: Module, context: StageContext) -> dict[str, Lowered]:
 
 
 def write_engine(graphs: dict[str, Lowered], context: StageContext) -> dict[str, Any]:
-    """Write weights.bin, which all graphs share, and the graphs."""
+    """Write weights.bin, which all graphs share, the graphs, and what their nodes are."""
     from liquidc.backends.onnxruntime.emit import place, readers
+    from liquidc.backends.onnxruntime.nodes import write_nodes
 
     weights: dict[str, WeightExpr] = {}
     for lowered in graphs.values():
@@ -43,12 +46,15 @@ def write_engine(graphs: dict[str, Lowered], context: StageContext) -> dict[str,
     offsets = write_weights(path, weights, context.source, context.advance, context.journal)
     nodes: dict[str, int] = {}
     codes: set[str] = set()
+    written: dict[str, onnx.GraphProto] = {}
     for name, lowered in graphs.items():
         model = place(lowered, NAME, offsets)
         file = MODEL if name == "prefill" else f"{name}.onnx"
         (context.directory / file).write_bytes(model.SerializeToString(deterministic=True))
         nodes[file] = len(model.graph.node)
         codes.update(readers(model))
+        written[file] = model.graph
+    write_nodes(context.directory, written)
     paths = [name.removeprefix(PATH) for name in graphs if name.startswith(PATH)]
     told = {"codes_read_by": sorted(codes)} if codes else {}
     return {"model": MODEL, "weights": len(offsets), "nodes": nodes, "paths": paths, **told}

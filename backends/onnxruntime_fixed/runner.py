@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from liquidc.backends.base import Arrays, Cache, Guard, Runner, RunnerOptions, Trace
 from liquidc.backends.onnxruntime.runner import OrtCache, OrtRunner
 from liquidc.errors import InternalError
+from liquidc.ir.regions import Key
 
 if TYPE_CHECKING:
     from liquidc.manifest import Manifest
@@ -86,14 +87,15 @@ class FixedRunner(Runner):
         with tempfile.TemporaryDirectory() as scratch:
             runner = FixedRunner(self._engine, self._manifest, self._options, scratch)
             work(runner)
-            gates = Counter[int]()
+            regions = Counter[Key]()
             everything = "1" * len(self._manifest.model.gates)
             for path, session in [(everything, runner._masked), *runner._paths.items()]:
-                tokens = sum(map(_tokens, session.events()))
+                looked_up = session.nodes()["tokens"][:1]
+                tokens = sum(_tokens(event, looked_up) for event in session.events())
                 for gate, digit in enumerate(path):
-                    gates[gate] += tokens * int(digit)
+                    regions[gate, 0] += tokens * int(digit)
             runner.close()
-        return Trace(dict(gates))
+        return Trace(dict(regions))
 
     def close(self) -> None:
         """Free the sessions."""
@@ -101,9 +103,10 @@ class FixedRunner(Runner):
             session.close()
 
 
-def _tokens(event: dict[str, Any]) -> int:
-    """Tokens that the embedding looked up, if the event is that."""
-    if event.get("cat") != "Node" or event["name"] != "embed/Gather_kernel_time":
+def _tokens(event: Mapping[str, Any], looked_up: Sequence[str]) -> int:
+    """Tokens that the embedding looked up, if the event is that of one of its nodes."""
+    names = [f"{name}_kernel_time" for name in looked_up]
+    if event.get("cat") != "Node" or event["name"] not in names:
         return 0
     (shape,) = event["args"]["input_type_shape"][1].values()
     return int(np.prod(shape))

@@ -10,8 +10,6 @@ An op class reads as its own signature::
         bias: Value | None = optional()
         y: Value = result()
 
-        def infer(self) -> tuple[TensorType, ...]: ...
-
 Values are in static single assignment form and know their uses. Control flow is structured: an op
 may hold blocks (the arms of a conditional, the body of an expert); a value of a block is visible
 in that block after its definition and in the blocks nested there, and nowhere else.
@@ -271,26 +269,28 @@ class Op(_Signature):
     def clone(
         self, mapping: dict[Value, Value] | None = None, *, reinfer: bool = False, **changes: Any
     ) -> Self:
-        """A copy with operands looked up in `mapping` (extended with the new results).
+        """A copy that keeps all but `changes`: whatever changes an op does it so.
 
         Args:
-            mapping: old value → new value; values that it lacks stay as they are.
+            mapping: old value → new value of operands; gets the results if they are as many.
             reinfer: compute the result types anew instead of copying them.
-            changes: attributes and operands to change, by name.
+            changes: what the constructor takes, by name; a block is taken, not copied.
         """
         mapping = {} if mapping is None else mapping
-        given: dict[str, Any] = dict(self.attributes)
+        given: dict[str, Any] = {**self.attributes, "loc": self.loc, **changes}
         for f in self.fields:
-            if f.name in self.segments:
+            if f.name in self.segments and f.name not in changes:
                 values = [mapping.get(v, v) for v in self.operands[self.segments[f.name]]]
                 given[f.name] = values if f.kind == "variadic" else values[0] if values else None
-            elif f.name in self.regions:
+            elif f.name in self.regions and f.name not in changes:
                 given[f.name] = self.regions[f.name].clone(mapping, reinfer=reinfer)
-        types = None if reinfer and self.infers() else [v.type for v in self.results]
-        copy = type(self)(**(given | changes), loc=self.loc, result_types=types)
-        for old, new in zip(self.results, copy.results, strict=True):
-            new.name = old.name
-            mapping[old] = new
+        if not (reinfer and self.infers()):
+            given.setdefault("result_types", [v.type for v in self.results])
+        copy = type(self)(**given)
+        if len(copy.results) == len(self.results):
+            for old, new in zip(self.results, copy.results, strict=True):
+                new.name = old.name
+                mapping[old] = new
         return copy
 
     @classmethod

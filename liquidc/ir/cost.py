@@ -7,7 +7,6 @@ token uses; identity experts are free, and taken to be chosen as often as the ot
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import prod
@@ -17,11 +16,6 @@ from liquidc.ir import ops
 from liquidc.ir.core import Block, Function, Module, Op, Value
 from liquidc.ir.experts import experts_used
 from liquidc.ir.weights import sizes
-
-_LAYER = re.compile(r"layer(\d+)(/attn|/ffn)?")
-"""Conditionals of gates."""
-_EXPERT = re.compile(r"(.*)/expert\d+")
-"""Conditionals of experts that are not grouped."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,15 +96,13 @@ class _Counter:
         self._module = module
         self._layers = cast(int, module.attributes.get("layers", 0))
         self._where: dict[Op, _Where] = {}
-        self._gates: dict[int, list[int]] = {}
         self._layer_of_gate: dict[int, int] = {}
-        self._experts: dict[str, set[str]] = {}
+        self._experts: dict[Value, set[int]] = {}
         for op in function.body.walk():
             if isinstance(op, ops.DepthGate | ops.FixedGate):
-                self._gates.setdefault(op.layer, []).append(op.gate)
                 self._layer_of_gate[op.gate] = op.layer
-            if isinstance(op, ops.If) and (match := _EXPERT.fullmatch(op.label)):
-                self._experts.setdefault(match[1], set()).add(op.label)
+            if isinstance(op, ops.If) and (mask := _expert_mask(op)) is not None:
+                self._experts.setdefault(mask.index, set()).add(op.expert)
         self._block(function.body, _Where())
         for op in function.body.walk():
             if isinstance(op, ops.Weight):
@@ -121,22 +113,18 @@ class _Counter:
             self._where[op] = where
             if isinstance(op, ops.If):
                 then, otherwise = self._arms(op, where)
-                if op.label != "path":
+                if op.role != "path":
                     self._block(op.then, then)
                 self._block(op.otherwise, otherwise)
             elif (cost := product(op)) is not None:
                 self._add(where, self._layer(op), cost.share(where.used, where.experts))
 
     def _arms(self, op: ops.If, where: _Where) -> tuple[_Where, _Where]:
-        if match := _EXPERT.fullmatch(op.label):
-            mask = op.cond.op.operands[0].op if op.cond.op is not None else None
-            if isinstance(mask, ops.ExpertMask):
-                used, count = sizes(mask.index.shape[-1:])[0], len(self._experts[match[1]])
-                return where._replace(used=min(used, count), experts=count), where
-        match = _LAYER.fullmatch(op.label)
-        if match and (gates := self._gates.get(int(match[1]))):
-            gate = gates[-1 if match[2] == "/ffn" else 0]
-            return where._replace(gate=gate), where._replace(gate=gate, ran=False)
+        if (mask := _expert_mask(op)) is not None:
+            used, count = sizes(mask.index.shape[-1:])[0], len(self._experts[mask.index])
+            return where._replace(used=min(used, count), experts=count), where
+        if op.role == "gate":
+            return where._replace(gate=op.gate), where._replace(gate=op.gate, ran=False)
         return where, where
 
     def _weight(self, op: ops.Weight) -> None:
@@ -181,6 +169,12 @@ class _Counter:
         numbers = {next(filter(str.isdigit, name.split(".")), "") for name in names}
         number = numbers.pop() if len(numbers) == 1 else ""
         return int(number) if number and int(number) < self._layers else None
+
+
+def _expert_mask(op: ops.If) -> ops.ExpertMask | None:
+    """The tokens that choose an expert which is a conditional, and is not grouped with others."""
+    asked = op.cond.op.operands[0].op if op.role == "expert" and op.cond.op is not None else None
+    return asked if isinstance(asked, ops.ExpertMask) else None
 
 
 def _readers(value: Value) -> list[tuple[Op, Value]]:

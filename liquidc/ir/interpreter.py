@@ -44,13 +44,13 @@ class Interpreter:
         module: a valid module.
         source: where the weights' tensors are.
         exact: compute in float64 what the module computes in a narrower float.
-        ran: filled with the labels of the conditionals whose `then` arm ran, in order.
+        ran: filled with the conditionals whose `then` arm ran, in order.
     """
 
     module: Module
     source: WeightSource | None = None
     exact: bool = False
-    ran: list[str] = field(default_factory=list[str])
+    ran: list[ops.If] = field(default_factory=list[ops.If])
     weights: dict[str, Tensor] = field(default_factory=dict[str, Tensor])
 
     def run(self, function: str, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -118,7 +118,7 @@ class Interpreter:
         match op:
             case ops.If():
                 if bool(frame.values[op.cond]):
-                    self.ran.append(op.label)
+                    self.ran.append(op)
                     return self._block(op.then, frame)
                 return self._block(op.otherwise, frame)
             case ops.Weight():

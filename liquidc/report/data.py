@@ -84,6 +84,7 @@ def _gate(manifest: Manifest, profile: Profile | None, index: int) -> dict[str, 
     told: dict[str, Any] = {
         "gate": index,
         **to_json(info),
+        "lowering": info.lowering,
         "weights_run": cost.run[index],
         "weights_skip": cost.skip[index],
     }

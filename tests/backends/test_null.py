@@ -136,7 +136,7 @@ def only_in_run_arms(module: Module) -> set[str]:
     gated = {
         op
         for gate in module.walk()
-        if isinstance(gate, ops.If) and "/expert" not in gate.label
+        if isinstance(gate, ops.If) and gate.role == "gate"
         for op in gate.then.walk()
     }
     for weight in module.walk():

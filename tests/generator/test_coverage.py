@@ -79,7 +79,7 @@ def test_every_op_class_occurs(examples: list[Example]) -> None:
 
 
 def test_every_op_class_that_has_a_place_in_an_arm_occurs_in_one(examples: list[Example]) -> None:
-    arms = [op.then for made in examples for op in conditionals(made) if "/expert" not in op.label]
+    arms = [op.then for made in examples for op in conditionals(made) if op.role != "expert"]
     missing = set(OPS.values()) - classes([op for arm in arms for op in arm.ops])
     # The first five belong to the function, a gate decides outside its arm, a share is used in an
     # expert's region only.

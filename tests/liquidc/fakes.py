@@ -19,6 +19,7 @@ from liquidc.manifest import (
     GateInfo,
     Manifest,
     ModelInfo,
+    RegionInfo,
     TensorSpec,
 )
 
@@ -51,7 +52,10 @@ def manifest(**changes: Any) -> Manifest:
             layers=LAYERS,
             vocabulary=VOCABULARY,
             context=CONTEXT,
-            gates=tuple(GateInfo(layer, 0.5, "gt", lowering="compact") for layer in GATED),
+            gates=tuple(
+                GateInfo(layer, 0.5, "gt", regions=(RegionInfo(0, "compact", (gate,)),))
+                for gate, layer in enumerate(GATED)
+            ),
             experts=(ExpertInfo(3, EXPERTS, 2),),
         ),
         "target": {"name": "null", "format": "1"},
@@ -125,7 +129,7 @@ class FakeRunner(Runner):
     def profile(self, work: Callable[[Runner], None]) -> Trace:
         inner = FakeRunner(self.next_token)
         work(inner)
-        rows = {gate: int(n) + self.extra_rows for gate, n in enumerate(inner.gates_run)}
+        rows = {(gate, 0): int(n) + self.extra_rows for gate, n in enumerate(inner.gates_run)}
         return Trace(rows, {3: {e: int(n) for e, n in enumerate(inner.experts_run)}})
 
     def close(self) -> None:

@@ -40,9 +40,10 @@ def test_round_trip() -> None:
         (b"{}", "not the manifest of a liquidc engine"),
         (b"[" * 100000, "not valid JSON"),
         (b"\xff\xfe", "not valid JSON"),
-        (sealed({"schema": 2}), "schema 2 is newer than 1, the newest that this liquidc reads"),
-        (sealed({"schema": 0}), "schema must be 1, not 0"),
-        (sealed({"schema": "1"}), "schema must be 1, not '1'"),
+        (sealed({"schema": 3}), "schema 3 is newer than 2, the newest that this liquidc reads"),
+        (sealed({"schema": 1}), "schema 1 is older than 2, the only one that this liquidc reads"),
+        (sealed({"schema": 0}), "schema must be 2, not 0"),
+        (sealed({"schema": "1"}), "schema must be 2, not '1'"),
         (sealed({}, drop="model"), "model is missing"),
         (sealed({"surprise": 1}), "surprise is not a known field"),
         (sealed({"tools": {"torch": 2}}), "tools.torch must be a string, not 2"),
@@ -54,7 +55,7 @@ def test_round_trip() -> None:
         (sealed({"files": {"../x": {"bytes": 1, "sha256": ""}}}), "leads out of the engine"),
         (sealed({"files": {"/etc/passwd": {"bytes": 1, "sha256": ""}}}), "leads out"),
         (sealed({})[:-1], "changed after it was written"),
-        (sealed({}).replace(b'"schema": 1', b'"schema":  1'), "changed after it was written"),
+        (sealed({}).replace(b'"schema": 2', b'"schema":  2'), "changed after it was written"),
     ],
 )
 def test_refused(data: bytes, message: str) -> None:

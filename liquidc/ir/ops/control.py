@@ -67,18 +67,39 @@ class Return(Op, name="return", terminator=True):
         return ()
 
 
-class If(Op, name="if"):
-    """Runs one of two blocks; `label` names the part of the model (`layer3`, `layer3/expert5`).
+NUMBERS = {
+    "": (),
+    "gate": ("gate", "region", "layer"),
+    "expert": ("expert",),  # and the layer, in a model that has layers
+    "path": (),
+    "form": (),
+}
+"""The roles of an `if`, and the numbers by which regions of a role are told apart."""
 
-    `lowering` says how a gate's tokens are to be computed: all of them if one runs (`branch`), or
-    those that run (`compact`); empty if that was not decided.
+
+class If(Op, name="if"):
+    """Runs one of two blocks; `role` and the numbers say which part of the model it is.
+
+    A `gate`'s region runs the tokens that the gate chose: `gate` is the number of the gate among
+    all of the model, `region` numbers what one gate opens. An `expert`'s region is that of `expert`
+    in `layer`. A `path` is code for an expected depth path, then what takes its results over. A
+    `form` is one of several forms of the same computation. -1 is no number.
+
+    `label` is for people (`layer3`, `layer3/expert5`): names of nodes are made of it, and nothing
+    reads it. `lowering` says how a gate's tokens are to be computed: all of them if one runs
+    (`branch`), or those that run (`compact`); empty if that was not decided.
     """
 
     cond: Value = operand()
     label: str = attribute(default="")
+    role: str = attribute(default="")
+    gate: int = attribute(default=-1)
+    layer: int = attribute(default=-1)
+    expert: int = attribute(default=-1)
     lowering: str = attribute(default="")
     then: Block = region()
     otherwise: Block = region()
+    region: int = attribute(default=-1)  # last, since it hides the function of this name
     values: list[Value] = results()
 
     def infer(self) -> tuple[TensorType, ...]:
@@ -86,11 +107,17 @@ class If(Op, name="if"):
         return tuple(value.type for value in self.then.terminator.operands)
 
     def verify(self) -> None:
-        """A boolean scalar decides; both arms yield the same types and take no arguments."""
+        """A boolean scalar decides; arms yield the same types; a role has its numbers, no others."""
         if self.cond.type != TensorType(DType.BOOL):
             raise ValueError(f"the condition must be bool[], not {self.cond.type}")
         if self.lowering not in ("", "branch", "compact"):
             raise ValueError(f"lowering is branch or compact, not {self.lowering!r}")
+        if self.role not in NUMBERS:
+            raise ValueError(f"role is one of {', '.join(NUMBERS)[2:]}, not {self.role!r}")
+        for name in ("gate", "region", "layer", "expert"):
+            has, needed = int(self.attributes[name]) >= 0, name in NUMBERS[self.role]
+            if has != needed and (self.role, name) != ("expert", "layer"):
+                raise ValueError(f"role {self.role!r} {'needs a' if needed else 'has no'} {name}")
         yields = [[v.type for v in arm.terminator.operands] for arm in (self.then, self.otherwise)]
         if yields[0] != yields[1]:
             left, right = (", ".join(map(str, types)) for types in yields)
