@@ -96,9 +96,7 @@ def _fuse(module: Module, block: Block, add: ops.Add) -> None:
             index=_with_numbers(experts.index, count, more, rw),
             weight=_with_shares(experts.weight, shared.share, more, rw),
             gate_up=_joined(module, rw, gate_up, _pieces(shared.gate, shared.up, width)),
-            down=_joined(
-                module, rw, down, [_part(shared.down, 1, i, width) for i in range(more)]
-            ),
+            down=_joined(module, rw, down, [_part(shared.down, 1, i, width) for i in range(more)]),
         )
     )
     fused.y.name = add.y.name

@@ -148,7 +148,7 @@ _Experts = (ops.GroupedExperts, ops.MapExperts)
 
 @dataclass(slots=True)
 class _Counting(Interpreter):
-    """Counts, where it computes, the rows of each region's witness and the tokens of each expert."""
+    """Counts, where it computes, the rows of regions' witnesses and the tokens of experts."""
 
     regions: dict[Op, Key] = field(default_factory=dict[Op, Key])
     layer_of: dict[Op, int] = field(default_factory=dict[Op, int])
@@ -157,8 +157,8 @@ class _Counting(Interpreter):
     path: Sequence[Key] = ()
 
     def _op(self, op: Op, frame: Frame) -> Sequence[torch.Tensor]:
-        tried = isinstance(op, ops.If) and op.role == "path" and not is_commit(op)
-        if tried and bool(frame.values[op.cond]):
+        path = isinstance(op, ops.If) and op.role == "path" and not is_commit(op)
+        if path and bool(frame.values[op.operands[0]]):
             rows, experts = Counter(self.rows), {n: Counter(c) for n, c in self.experts.items()}
             outputs = Interpreter._op(self, op, frame)
             if bool(outputs[0]):  # the path was right

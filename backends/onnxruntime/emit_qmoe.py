@@ -62,23 +62,21 @@ def qmoe(g: Graph, op: ops.GroupedExperts) -> list[str]:
         zeros.append(zero)
     inputs += ["", "", "", *zeros, "", weights]
     name = f"moe{g.shared.layers.get(op, '')}/QMoE"
-    y = (
-        g.contrib(
-            "QMoE",
-            inputs,
-            name=f"{g.prefix}/{name}" if g.prefix else name,
-            k=min(experts, *sizes(op.index.shape[-1:])),
-            block_size=gate_up.block,
-            expert_weight_bits=BITS[gate_up.format],
-            fc2_expert_weight_bits=BITS[down.format],
-            activation_type="swiglu",
-            swiglu_fusion=1,
-            activation_alpha=1.0,
-            activation_beta=0.0,
-            normalize_routing_weights=0,
-            weights_prepacked=0,
-            accuracy_level=4,
-        )
+    y = g.contrib(
+        "QMoE",
+        inputs,
+        name=f"{g.prefix}/{name}" if g.prefix else name,
+        k=min(experts, *sizes(op.index.shape[-1:])),
+        block_size=gate_up.block,
+        expert_weight_bits=BITS[gate_up.format],
+        fc2_expert_weight_bits=BITS[down.format],
+        activation_type="swiglu",
+        swiglu_fusion=1,
+        activation_alpha=1.0,
+        activation_beta=0.0,
+        normalize_routing_weights=0,
+        weights_prepacked=0,
+        accuracy_level=4,
     )
     if op in g.shared.layers:
         mark(g.nodes[-1], "fused", g.shared.layers[op])

@@ -40,8 +40,9 @@ class Shared:
     """What a graph and its arms have in common.
 
     `weights` are stored beside the model, `constants` inside it; `counts` numbers names,
-    `layers` says where experts belong, `witnesses` by which op a region's tokens are counted, `forms` the element type and shape of weights that are no
-    plain tensors. `emit` adds the nodes of a block. Without `branching` there is no If.
+    `layers` says where experts belong, `witnesses` by which op a region's tokens are counted,
+    `forms` the element type and shape of weights that are no plain tensors. `emit` adds the nodes
+    of a block. Without `branching` there is no If.
     """
 
     module: Module

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 
@@ -62,6 +63,7 @@ class Builder:
         label: str,
         then: Callable[[], Sequence[Value]],
         otherwise: Callable[[], Sequence[Value]],
+        **identity: Any,
     ) -> list[Value]:
         """An `if` whose arms are emitted by two functions that give what they yield."""
         arms: list[Block] = []
@@ -69,7 +71,7 @@ class Builder:
             with self.inside(Block()) as block:
                 self.emit(ops.Yield(list(fill())))
             arms.append(block)
-        return self.emit(ops.If(cond, label=label, then=arms[0], otherwise=arms[1]))
+        return self.emit(ops.If(cond, label=label, **identity, then=arms[0], otherwise=arms[1]))
 
     def weight(self, *shape: int) -> Value:
         """A new weight with elements around 1/√(last dimension), now and then an expression."""

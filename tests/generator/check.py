@@ -24,6 +24,7 @@ from liquidc.passes.registry import PASSES
 from liquidc.passes.specialize_decode import SpecializeDecode
 from liquidc.passes.specialize_depth import SpecializeDepth
 from liquidc.passes.speculate import HIT, TRIED
+from tests.generator.identities import Identity, assert_identities, identity
 from tests.generator.modules import Example, Inputs
 
 STEPS: dict[str, Pass] = {
@@ -44,17 +45,17 @@ RUNS_MORE = (ChooseLowering, FixDepth, SpecializeDepth)
 
 @dataclass(frozen=True)
 class Run:
-    """Results of a call, and the labels of the arms that ran."""
+    """Results of a call, and what the conditionals are whose first arm ran."""
 
     outputs: Outputs
-    ran: Counter[str]
+    ran: Counter[Identity]
 
 
 def run(module: Module, example: Example, function: str, inputs: Inputs, *, exact: bool) -> Run:
     """Interpret a function."""
     interpreter = Interpreter(module, example, exact=exact)
     outputs = interpreter.run(function, inputs)
-    return Run(outputs, Counter(label for label in interpreter.ran if label))
+    return Run(outputs, Counter(identity(op) for op in interpreter.ran if op.role != "path"))
 
 
 def transformed(step: Pass, example: Example, statistics: Statistics | None = None) -> Module:
@@ -73,6 +74,7 @@ def transformed(step: Pass, example: Example, statistics: Statistics | None = No
 def check(step: Pass, example: Example) -> Example:
     """Assert that the pass keeps its contract on all calls; gives the example after it."""
     after = transformed(step, example)
+    assert_identities(step, example.module, after)
     exact = step.contract == "reassociates"
     one_row = isinstance(step, SpecializeDecode) and step.batch == 1
     for function, regime, inputs in example.calls:

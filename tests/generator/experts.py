@@ -20,7 +20,7 @@ class Routed:
     index: Value
 
 
-def mixture(b: Builder, x: Value, mask: Value, label: str) -> Routed:
+def mixture(b: Builder, x: Value, mask: Value, label: str, layer: int) -> Routed:
     """Experts over the tokens of `mask`; the others get -1 and 0."""
     count = b.rng.choice((2, 4, 8))
     identity = 2 if b.chance(25) else 0
@@ -36,7 +36,7 @@ def mixture(b: Builder, x: Value, mask: Value, label: str) -> Routed:
     form = b.rng.choice(("regions", "regions", "mapped", "grouped", "grouped"))
     if form == "regions":
         experts = [*zip(*stacks, strict=True), *[()] * identity]
-        y = _regions(b, x, index, weight, experts, body, apply, label)
+        y = _regions(b, x, index, weight, experts, body, apply, label, layer)
     elif form == "mapped":
         y = _mapped(b, x, index, weight, stacks, body, apply)
     else:
@@ -137,6 +137,7 @@ def _regions(
     body: Body,
     apply: str,
     label: str,
+    layer: int,
 ) -> Value:
     """A region for each expert, by the names of its weights; one without any is the identity."""
     total = b.add(ops.Broadcast(b.scalar(0.0), shape=x.shape))
@@ -163,7 +164,9 @@ def _regions(
         def skip(total: Value = total) -> list[Value]:
             return [total]
 
-        (total,) = b.conditional(b.any(used), f"{label}/expert{expert}", run, skip)
+        identity = {"role": "expert", "layer": layer, "expert": expert}
+        name = f"{label}/expert{expert}"
+        (total,) = b.conditional(b.any(used), name, run, skip, **identity)
     return total
 
 

@@ -54,7 +54,7 @@ def layer(b: Builder, step: Step, x: Value, number: int) -> Value:
         x, cache = _attention(b, step, x, number, step.valid, step.valid, "own")
         step.caches.append(cache)
         mask = _fixed_gate(b, step, number) if b.chance(30) else step.valid
-        routed = _feed_forward(b, x, mask, label)
+        routed = _feed_forward(b, x, mask, label, number)
         if isinstance(routed, Routed):
             step.experts[number] = routed.index
         return b.add(ops.Add(x, _output(routed)))
@@ -104,6 +104,14 @@ def _gate(b: Builder, step: Step, x: Value, number: int) -> Value:
     return mask
 
 
+def _identity(step: Step, number: int, region: int = 0) -> dict[str, Any]:
+    """What a region of the last gate of a layer is, and a lowering; some may not be compacted."""
+    gate = len(step.gates) - 1
+    lowering = ("", "compact", "", "compact", "branch", "")[gate]
+    told = {"role": "gate", "gate": gate, "region": region, "layer": number}
+    return {**told, "lowering": lowering}
+
+
 def _fixed_gate(b: Builder, step: Step, number: int) -> Value:
     """The mask of a gate that was fixed to run; nobody counts it as a gate."""
     return b.emit(ops.FixedGate(step.valid, layer=number, gate=0, run=True, threshold=0.5))[0]
@@ -113,11 +121,11 @@ def _output(made: Value | Routed) -> Value:
     return made.y if isinstance(made, Routed) else made
 
 
-def _feed_forward(b: Builder, x: Value, mask: Value, label: str) -> Value | Routed:
+def _feed_forward(b: Builder, x: Value, mask: Value, label: str, number: int) -> Value | Routed:
     """Experts, or maths token by token, of the normed state."""
     u = b.norm(x)
     if b.chance(75):
-        return mixture(b, u, mask, label)
+        return mixture(b, u, mask, label, number)
     return expression(b, u, b.rng.randrange(1, 5))
 
 
@@ -209,7 +217,7 @@ def _gated(
         if nested:
             f = _inner(b, step, h, number, mask, label)
         else:
-            made = _feed_forward(b, h, mask, label)
+            made = _feed_forward(b, h, mask, label, number)
             index.extend([made.index] if isinstance(made, Routed) else [])
             f = _output(made)
         y = b.add(ops.Add(h, b.masked(mask, f, b.scalar(0.0))))
@@ -225,7 +233,7 @@ def _gated(
         cache = _store(b, old, entry, cached)
         return [y, cache.key, cache.value, *none]
 
-    y, key, value, *chosen = b.conditional(b.any(mask), label, run, skip)
+    y, key, value, *chosen = b.conditional(b.any(mask), label, run, skip, **_identity(step, number))
     count = b.add(ops.Sum(b.add(ops.Cast(cached, to=DType.I64)), dims=(1,)))
     step.caches.append(Cache(key, value, b.add(ops.Add(old.length, count))))
     if chosen:
@@ -239,13 +247,14 @@ def _inner(b: Builder, step: Step, h: Value, number: int, mask: Value, label: st
     some = b.add(ops.And(mask, far))
 
     def run() -> list[Value]:
-        made = _output(_feed_forward(b, h, some, f"{label}/ffn"))
+        made = _output(_feed_forward(b, h, some, f"{label}/ffn", number))
         return [b.masked(some, made, b.scalar(0.0)), made]
 
     def skip() -> list[Value]:
         return [b.add(ops.Broadcast(b.scalar(0.0), shape=h.shape)), h]
 
-    return b.conditional(b.any(some), f"{label}/ffn", run, skip)[0]
+    identity = _identity(step, number, region=1)
+    return b.conditional(b.any(some), f"{label}/ffn", run, skip, **identity)[0]
 
 
 def _branches(b: Builder, step: Step, x: Value, number: int, mask: Value, label: str) -> Value:
@@ -261,14 +270,16 @@ def _branches(b: Builder, step: Step, x: Value, number: int, mask: Value, label:
         out = b.linear(b.reshape(seen, "B", "T", HEADS * HEAD), WIDTH)
         return [b.add(ops.Add(x, b.masked(mask, out, b.scalar(0.0))))]
 
-    (h,) = b.conditional(b.any(mask), f"{label}/attn", attend, lambda: [x])
+    identity = _identity(step, number)
+    (h,) = b.conditional(b.any(mask), f"{label}/attn", attend, lambda: [x], **identity)
     second = _gate(b, step, h, number)
     depth = b.rng.randrange(1, 5)
 
     def forward() -> list[Value]:
         return [b.masked(second, b.add(ops.Add(h, expression(b, b.norm(h), depth))), h)]
 
-    (y,) = b.conditional(b.any(second), f"{label}/ffn", forward, lambda: [h])
+    identity = _identity(step, number)
+    (y,) = b.conditional(b.any(second), f"{label}/ffn", forward, lambda: [h], **identity)
     return y
 
 
@@ -297,7 +308,8 @@ def _on_rows(b: Builder, step: Step, x: Value, number: int, mask: Value, label: 
     def skip() -> list[Value]:
         return [x, old.key, old.value]
 
-    y, key, value = b.conditional(b.any(mask), label, run, skip)
+    identity = _identity(step, number)
+    y, key, value = b.conditional(b.any(mask), label, run, skip, **identity)
     count = b.add(ops.Sum(b.add(ops.Cast(mask, to=DType.I64)), dims=(1,)))
     step.caches.append(Cache(key, value, b.add(ops.Add(old.length, count))))
     return y

@@ -96,13 +96,14 @@ def test_every_op_class_that_has_a_place_in_an_arm_occurs_in_one(examples: list[
 
 def test_conditionals_are_nested(examples: list[Example]) -> None:
     nested = {
-        (outer.label.partition("/")[2], inner.label.partition("/")[2])
+        (outer.role, outer.region, inner.role, inner.region)
         for made in examples
         for outer in conditionals(made)
         for inner in outer.walk()
         if isinstance(inner, ops.If) and inner is not outer
     }
-    assert {("", "ffn"), ("", "expert0"), ("", "ffn/expert0"), ("ffn", "ffn/expert0")} <= nested
+    gate, inner, expert = ("gate", 0), ("gate", 1), ("expert", -1)
+    assert {(*gate, *inner), (*gate, *expert), (*inner, *expert)} <= nested
 
 
 def test_caches_are_appended_to_in_one_arm_in_both_and_outside(examples: list[Example]) -> None:
@@ -130,11 +131,10 @@ def test_all_gated_layers_some_and_none_run(calls: list[tuple[str, Example, Run]
 def test_some_experts_and_all_experts_are_empty(calls: list[tuple[str, Example, Run]]) -> None:
     used = Counter[str]()
     for _, made, call in calls:
-        labels = {op.label for op in conditionals(made) if op.label.endswith("/expert0")}
-        for label in labels:
-            layer = label.removesuffix("0")
-            total = sum(op.label.startswith(layer) for op in conditionals(made)) // 2
-            ran = sum(name.startswith(layer) for name in call.ran)
+        experts = [op for op in conditionals(made) if op.role == "expert"]
+        for layer in {op.layer for op in experts}:
+            total = sum(op.layer == layer for op in experts) // 2
+            ran = sum(role == "expert" and at == layer for _, role, _, _, at, _ in call.ran)
             used["none" if ran == 0 else "all" if ran == total else "some"] += 1
     assert min(used[kind] for kind in ("none", "some", "all")) >= 10
 

@@ -21,7 +21,7 @@ def region(
     return f"""
   %m{e} = expert_mask %index, expert={used} : bool[B, T]
   %a{e} = any %m{e}, dims=[0, 1] : bool[]
-  %y{e} = if %a{e}, label="layer0/expert{e}", role="expert", layer=0, expert={used} : f32[B, T, 4] {{
+  %y{e} = if %a{e}, role="expert", layer=0, expert={used} : f32[B, T, 4] {{
     %v{e} = expert_weight %index, %share, expert={used} : f32[B, T]
     %r{e} = reshape %v{e}, shape=["B", "T", 1] : f32[B, T, 1]
     %{w} = weight weight="{w}" : f32[4, 4]{body.format(e=e, w=w)}

@@ -22,7 +22,7 @@ func @prefill(%x: f32[B, T, 8], %score: f32[B, T], %valid: bool[B, T], %position
   %m, %p = depth_gate %score, %valid, %positions, %force, %bias, %floor, %executed,
       layer=0, gate=0, remaining=1, threshold=0.5 : bool[B, T], f32[B, T]
   %any = any %m, dims=[0, 1] : bool[]
-  %y = if %any, label="layer0" : f32[B, T, 8] {
+  %y = if %any, label="layer0", role="gate", gate=0, layer=0, region=0 : f32[B, T, 8] {
     %w = weight weight="w" : f32[8, 8]
     %h = linear %x, %w : f32[B, T, 8]
     %wide = reshape %m, shape=["B", "T", 1] : bool[B, T, 1]

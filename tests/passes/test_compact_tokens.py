@@ -209,7 +209,7 @@ def test_one_token_stays() -> None:
 
 
 def test_experts_regions_stay() -> None:
-    text = arm(FEED_FORWARD).replace("layer1", "layer1/expert0")
+    text = arm(FEED_FORWARD).replace('label="layer1"', 'role="expert", expert=0')
     assert not assert_unchanged(STEP, text).statistics.near_misses
 
 

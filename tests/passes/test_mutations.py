@@ -223,6 +223,30 @@ def leaves_the_rows_of_the_router(patch: Patch) -> None:
     patch.setattr(routed_experts, "_taken", wrong)
 
 
+@mutation("eliminate-dead")
+def forgets_how_a_gate_is_lowered(patch: Patch) -> None:
+    right = eliminate_dead.drop_results
+
+    def wrong(op: ops.If, keep: list[int]) -> ops.If:
+        made = right(op, keep)
+        made.set_attribute("lowering", "")
+        return made
+
+    patch.setattr(eliminate_dead, "drop_results", wrong)
+
+
+@mutation("hoist-common")
+def forgets_which_region_of_a_gate_it_is(patch: Patch) -> None:
+    right = hoist_common.drop_results
+
+    def wrong(op: ops.If, keep: list[int]) -> ops.If:
+        made = right(op, keep)
+        made.set_attribute("region", 7)
+        return made
+
+    patch.setattr(hoist_common, "drop_results", wrong)
+
+
 @mutation("specialize-decode{batch=1}")
 def takes_the_mask_for_the_other(patch: Patch) -> None:
     right = specialize_decode.know_mask

@@ -92,11 +92,11 @@ class If(Op, name="if"):
 
     cond: Value = operand()
     label: str = attribute(default="")
+    lowering: str = attribute(default="")
     role: str = attribute(default="")
     gate: int = attribute(default=-1)
     layer: int = attribute(default=-1)
     expert: int = attribute(default=-1)
-    lowering: str = attribute(default="")
     then: Block = region()
     otherwise: Block = region()
     region: int = attribute(default=-1)  # last, since it hides the function of this name
@@ -107,16 +107,18 @@ class If(Op, name="if"):
         return tuple(value.type for value in self.then.terminator.operands)
 
     def verify(self) -> None:
-        """A boolean scalar decides; arms yield the same types; a role has its numbers, no others."""
+        """A boolean scalar decides; arms yield the same types; a role has its own numbers."""
         if self.cond.type != TensorType(DType.BOOL):
             raise ValueError(f"the condition must be bool[], not {self.cond.type}")
         if self.lowering not in ("", "branch", "compact"):
             raise ValueError(f"lowering is branch or compact, not {self.lowering!r}")
         if self.role not in NUMBERS:
             raise ValueError(f"role is one of {', '.join(NUMBERS)[2:]}, not {self.role!r}")
-        for name in ("gate", "region", "layer", "expert"):
-            has, needed = int(self.attributes[name]) >= 0, name in NUMBERS[self.role]
-            if has != needed and (self.role, name) != ("expert", "layer"):
+        numbers = {"gate": self.gate, "region": self.region}
+        numbers |= {"layer": self.layer, "expert": self.expert}
+        for name, number in numbers.items():
+            needed = name in NUMBERS[self.role]
+            if (number >= 0) != needed and (self.role, name) != ("expert", "layer"):
                 raise ValueError(f"role {self.role!r} {'needs a' if needed else 'has no'} {name}")
         yields = [[v.type for v in arm.terminator.operands] for arm in (self.then, self.otherwise)]
         if yields[0] != yields[1]:
