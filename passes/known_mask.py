@@ -34,6 +34,9 @@ class KnownMask:
             case ops.Not():
                 inner = self.truth(op.x)
                 return None if inner is None else not inner
+            case ops.And():
+                sides = [self.truth(side) for side in op.operands]
+                return False if False in sides else None if None in sides else True
             case ops.Constant():
                 return bool(op.value[0]) if splat(value) is not None else None
             case _:

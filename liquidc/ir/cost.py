@@ -124,7 +124,8 @@ class _Counter:
             used, count = sizes(mask.index.shape[-1:])[0], len(self._experts[mask.index])
             return where._replace(used=min(used, count), experts=count), where
         if op.role == "gate":
-            return where._replace(gate=op.gate), where._replace(gate=op.gate, ran=False)
+            ran, skipped = (where._replace(gate=op.gate, ran=ran) for ran in (True, False))
+            return ran, skipped
         return where, where
 
     def _weight(self, op: ops.Weight) -> None:
