@@ -28,6 +28,7 @@ from liquidc.backends.onnxruntime.tidy import arms
 KEY = "liquidc"
 PRODUCTS = ("Gemm", "MatMulNBits")
 """Operators that `emit_quantised.product` makes."""
+HIT_OR_MISS = {"then_branch": "hit", "else_branch": "miss"}
 SUMS = ("QMoE", "ReduceSum")
 """The last operators of experts, whose first input has a row for each token."""
 
@@ -70,9 +71,9 @@ def node_table(graph: onnx.GraphProto) -> dict[str, Any]:
                 case "tokens":
                     tokens.append(node.name)
                 case "path" | "commit":
-                    parts = ("try", "") if role == "path" else ("hit", "miss")
-                    for part, arm in zip(parts, arms(node), strict=True):
-                        path |= {inner.name: part for inner in _nodes(arm) if part}
+                    part = {"then_branch": "try"} if role == "path" else HIT_OR_MISS
+                    for arm in (each for each in node.attribute if each.name in part):
+                        path |= {inner.name: part[arm.name] for inner in _nodes(arm.g)}
                 case _:
                     pass
     return {

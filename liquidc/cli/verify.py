@@ -143,6 +143,8 @@ def _show(result: dict[str, Any]) -> None:
         row("layers run, by trace", f"{result['layers_run_by_trace']:,}", _wanted(result)),
         row("  if nothing skipped", f"{result['layers_offered']:,}"),
     ]
+    if hidden := result["gates_not_shown"]:
+        rows.append(row("  not shown", f"gates {', '.join(map(str, hidden))}"))
     if result["experts_traced_layers"]:
         rows += [
             row("expert rows, by routes", f"{result['experts_run_by_routes']:,}"),

@@ -25,14 +25,15 @@ func @f(%x: f32[B, T, 4], %mask: bool[B, T], %index: i64[B, T, 2], %share: f32[B
   %w = weight weight="w" : f32[4, 4]
   %h = linear %x, %w : f32[B, T, 4] loc("model.py":17)
   %any = any %mask, dims=[0, 1] : bool[]
-  %y = if %any, label="layer0" : f32[B, T, 4] {
+  %y = if %any, label="layer0", lowering="compact", role="gate", gate=3, layer=1, region=2 : \
+f32[B, T, 4] {
     %stacked = weight weight="stacked" : f32[2, 4, 4]
     %e = map_experts %h, %index, %share, [%stacked] : f32[B, T, 4] \
 (%t: f32[B, T, 4], %p: f32[4, 4]) {
       %a = linear %t, %p : f32[B, T, 4]
       yield %a
     }
-    %inner = if %any, label="layer0/ffn" : f32[B, T, 4] {
+    %inner = if %any, role="expert", layer=1, expert=0 : f32[B, T, 4] {
       yield %e
     } else {
       yield %h
@@ -70,7 +71,7 @@ ERRORS = {
     "an unknown type": ("(%x: f32[B", "(%x: f33[B", 11, 13, "f33"),
     "a missing attribute": (", dims=[0, 1]", "", 14, 3, "dims"),
     "an unknown attribute": ("dims=[0, 1]", "dims=[0, 1], deep=3", 14, 34, "deep"),
-    "an unclosed string": ('label="layer0" :', 'label="layer0 :', 15, 23, ""),
+    "an unclosed string": ('weight="stacked" :', 'weight="stacked :', 16, 30, ""),
     "a missing brace": ("return %y, %z\n}", "return %y, %z\n", 33, 1, ""),
     "an unknown weight expression": ("cast(tensor", "cats(tensor", 6, 25, "cats"),
     "text after the module": ("return %y, %z\n}\n", "return %y, %z\n}\nmore\n", 33, 1, "more"),

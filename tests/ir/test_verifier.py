@@ -50,6 +50,22 @@ TEXTS = {
         GOOD.replace("if %c,", "if %h,"),
         "the condition must be bool[], not f32[B, 4]",
     ),
+    "a role that is not known": (
+        GOOD.replace('label="layer0"', 'role="layer"'),
+        "role is one of gate, expert, path, form, not 'layer'",
+    ),
+    "a gate's region without its number": (
+        GOOD.replace('label="layer0"', 'role="gate", gate=0, layer=0'),
+        "role 'gate' needs a region",
+    ),
+    "a gate's number without the role": (
+        GOOD.replace('label="layer0"', "gate=0"),
+        "role '' has no gate",
+    ),
+    "an expert's region that is also a gate's": (
+        GOOD.replace('label="layer0"', 'role="expert", expert=0, gate=0'),
+        "role 'expert' has no gate",
+    ),
     "a result type that is not inferred": (
         GOOD.replace("%h = linear %x, %w : f32[B, 4]", "%h = linear %x, %w : f32[B, 5]"),
         "linear yields f32[B, 4], not what is declared",

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 import liquidc
+from liquidc.backends.base import Guard, Runner
 from liquidc.machine import DEFAULT
 from liquidc.observers import ModelObserver
 from liquidc.passes.registry import DEFAULT_PIPELINE
 from liquidc.pipeline import open_model
 from liquidc.profiling import profile_corpus
+from liquidc.session import DepthControls
 from liquidc.trace_proof import prove
 
 AT = DEFAULT_PIPELINE.index("group-experts") + 1
@@ -63,6 +67,33 @@ def test_the_choice_of_experts_is_reported_as_without_the_pass(
     assert (before.experts == after.experts).all()
     assert (before.gates == after.gates).all()
     assert abs(before.logits - after.logits).max() < 1e-4
+
+
+@pytest.mark.parametrize("target", ["null", "onnxruntime"])
+def test_code_for_an_expected_path_is_counted_when_it_was_right(
+    target: str, model_directory: Path, profile: Path, tmp_path: Path
+) -> None:
+    at = DEFAULT_PIPELINE.index("fuse-linear")
+    step = "specialize-depth{always=1,hot=0}"
+    passes = (*DEFAULT_PIPELINE[:at], step, *DEFAULT_PIPELINE[at:])
+    with liquidc.compile(
+        model_directory, tmp_path / "engine", target=target, passes=passes, profile=profile
+    ) as engine:
+        guards, gates = list[Guard](), np.zeros(2, np.int64)
+
+        def work(runner: Runner) -> None:
+            session = engine.with_runner(runner).session(capacity=60)
+            results = [session.prefill(engine.encode(TEXT[:20]))]
+            for force in [*itertools.product((-1, 1), repeat=2)] * 3:
+                results.append(session.step([65], depth=DepthControls(gate_force=force)))
+            for result in results:
+                gates[...] += result.gates.sum((1, 2))
+            assert runner.guard is not None
+            guards.append(runner.guard)
+
+        trace = engine.runner.profile(work)
+    assert (guards[0].tried, guards[0].missed) == (6, 3)
+    assert trace.regions == {(gate, 0): count for gate, count in enumerate(gates.tolist())}
 
 
 @pytest.mark.parametrize("lowering", ["branch", "compact", "mask"])
