@@ -250,11 +250,16 @@ class _Tracer(PartTracer):
         return function
 
     def _positions(self, imp: Importer, function: Function, time: Dim) -> tuple[Value, Value]:
-        """Positions i64[B, T] and which tokens are no padding, bool[B, T]."""
+        """Positions i64[B, T], 0 at padding, and which tokens are no padding, bool[B, T].
+
+        A row of a ragged call may be padded beyond the context: no table has such a position.
+        """
         offset = imp.reshape(imp.emit(ops.Iota(dim=time)).y, (1, time))
         start = imp.reshape(function.arg("position_start"), (B, 1))
         lengths = imp.reshape(function.arg("lengths"), (B, 1))
-        positions, valid = imp.emit(ops.Add(start, offset)).y, imp.emit(ops.Lt(offset, lengths)).y
+        valid = imp.emit(ops.Lt(offset, lengths)).y
+        counted = imp.emit(ops.Add(start, offset)).y
+        positions = imp.emit(ops.Where(valid, counted, imp.scalar(0, I64))).y
         positions.name, valid.name = "positions", "valid"
         return positions, valid
 

@@ -14,6 +14,7 @@ import torch
 
 from liquidc.backends.base import StoredWeight
 from liquidc.ir.quantised import CALIBRATED, Codes, Quantised, Scales, Zeros, dequantise
+from liquidc.ir.rotary import Rotation
 from liquidc.ir.weight_maths import Take, Xor
 from liquidc.ir.weights import Select, Stored, WeightExpr, WeightSource, evaluate
 
@@ -24,6 +25,9 @@ Rounding to steps of size s errs by s/√12. The largest of 128 normal elements 
 int8 errs by 0.7 % of σ, and int4 in blocks of 32 by 8 %; e4m3 keeps three bits, 2.6 %. Three times
 that is left for longer tails.
 """
+
+ROTATION = 2**-22
+"""Bound of a cosine or sine, which is computed here again: some last bits of another processor."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +59,8 @@ def check_weights(stored: Mapping[str, StoredWeight], source: WeightSource) -> l
         if isinstance(kind, Codes):
             error = _far(weight, kind, flipped, parts, source)
             found.append(Finding(name, kind.format, error, FARTHEST[kind.format]))
+        elif isinstance(kind, Rotation):
+            found.append(Finding(name, "rotation", _apart(weight, source), ROTATION))
         elif isinstance(kind, Stored) and kind.name.startswith(CALIBRATED):
             found.append(Finding(name, "scale", _no_scale(weight), 0.0))
         elif not isinstance(kind, Quantised):
@@ -110,6 +116,14 @@ def _no_scale(weight: StoredWeight) -> float:
     """0 if all elements could be a cache's scales, which no checkpoint holds, else 1."""
     read = weight.read(0, weight.expr.sizes[0])
     return float(not bool(((read > 0) & read.isfinite()).all()))
+
+
+def _apart(weight: StoredWeight, source: WeightSource) -> float:
+    """The largest difference of an element."""
+    return max(
+        float((weight.read(start, start + len(block)) - block).abs().max())
+        for start, block in _rows(weight.expr, source)
+    )
 
 
 def _differs(weight: StoredWeight, source: WeightSource) -> float:

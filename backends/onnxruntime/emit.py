@@ -15,6 +15,7 @@ from liquidc.backends.onnxruntime import (
     emit_experts,
     emit_nn,
     emit_quantised,
+    emit_rope,
     emit_route,
     emit_tensor,
 )
@@ -36,7 +37,16 @@ from liquidc.ir.regions import is_commit, regions_of
 from liquidc.ir.types import dim_names
 from liquidc.ir.weights import WeightExpr, byte_size, sizes
 
-PARTS = (emit_tensor, emit_nn, emit_quantised, emit_route, emit_experts, emit_cache, emit_attend)
+PARTS = (
+    emit_tensor,
+    emit_nn,
+    emit_rope,
+    emit_quantised,
+    emit_route,
+    emit_experts,
+    emit_cache,
+    emit_attend,
+)
 EMIT = {kind: emit for part in PARTS for kind, emit in part.EMIT.items()}
 
 

@@ -80,6 +80,8 @@ def _masked(g: Graph, op: ops.Attend | ops.AttendRows) -> str:
         )
     slots = g.op("Range", [g.const(0), g.op("Squeeze", [most, g.const([0])]), g.const(1)])
     limits = g.op("Unsqueeze", [limit, g.const([1, 3])])
+    if op.key_scale is None and not (isinstance(key, Appending) and is_passing(key)):
+        keys, values = _seen_alone(g, slots, limits, keys, values)
     mask = g.op("Less", [slots, limits])
     if op.window or op.chunk:
         first = g.op("Sub", [limits, g.const(op.window or 1)])
@@ -95,6 +97,17 @@ def _masked(g: Graph, op: ops.Attend | ops.AttendRows) -> str:
         return unpad(g, y, op.mask, heads * width)
     some = g.op("Unsqueeze", [g.op("Greater", [limit, g.const(0)]), g.const([2, 3])])
     return g.op("Where", [some, y, g.const(0.0, np.float32)])
+
+
+def _seen_alone(g: Graph, slots: str, limits: str, keys: str, values: str) -> list[str]:
+    """Zeros in the slots that no token of a row sees, for limits [B, 1, T, 1].
+
+    What lies there may be the keys and values of padding, whose states are unspecified: a score of
+    NaN stays NaN under a mask, and 0 times NaN is NaN.
+    """
+    most = g.op("ReduceMax", [limits, g.const([2])], keepdims=1)
+    seen = g.op("Less", [g.op("Unsqueeze", [slots, g.const([1])]), most])
+    return [g.op("Where", [seen, each, g.const(0.0, np.float32)]) for each in (keys, values)]
 
 
 def _reads_in_place(g: Graph, op: ops.AttendRows) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, cast
 
 import numpy as np
@@ -17,7 +18,7 @@ from liquidc.backends.onnxruntime.emit_cache import (
     ragged,
     unpad,
 )
-from liquidc.backends.onnxruntime.emit_nn import rope_tables
+from liquidc.backends.onnxruntime.emit_rope import Turns, turns
 from liquidc.backends.onnxruntime.graph import Graph
 from liquidc.ir import DType, Value, ops
 from liquidc.ir.weights import sizes
@@ -38,7 +39,7 @@ def fused(g: Graph, op: ops.Attend | ops.AttendRows, *, alone: bool = False) -> 
     heads, width = sizes(op.q.shape[-2:])
     kv = sizes(key.cache.shape[1:2])[0]
     compact = isinstance(op, ops.AttendRows)
-    rotation, parts = _rotation(op.q, key.new), _parts(op)
+    rotation, parts = _rotation(g, op), _parts(g, op)
     inputs: list[str] = []
     for tensor in parts:
         x = g.name(tensor)
@@ -60,15 +61,14 @@ def fused(g: Graph, op: ops.Attend | ops.AttendRows, *, alone: bool = False) -> 
     turned: dict[str, Any] = {}
     tables = [""] * 3
     if rotation is not None:
-        cos, sin, rows = rope_tables(g, rotation[0])
         if alone:
-            positions = _position(g, rotation[0])
+            positions = _position(g, rotation)
         else:
-            positions = g.name(rotation[0].positions)
+            positions = g.name(rotation.positions)
             positions = pad(g, positions, key.mask) if compact else positions
-        tables = [cos, sin, positions]
+        tables = [rotation.turns.cos, rotation.turns.sin, positions]
         # No token lies beyond the context; buffers may.
-        capacity = g.root().once("Min", [capacity, g.const(rows, np.int32)])
+        capacity = g.root().once("Min", [capacity, g.const([rotation.turns.rows], np.int32)])
         turned["do_rotary"] = 1
     if op.window:
         turned["local_window_size"] = op.window
@@ -106,7 +106,7 @@ def apart(g: Graph, op: ops.Attend | ops.AttendRows) -> list[str]:
     key, value = pair(op)
     heads, width = sizes(op.q.shape[-2:])
     kv = sizes(key.cache.shape[1:2])[0]
-    rotation, parts = _rotation(op.q, key.new), _parts(op)
+    rotation, parts = _rotation(g, op), _parts(g, op)
 
     def split(x: str, counts: list[int]) -> list[str]:
         return list(g.op("Split", [x, g.const(counts)], len(counts), axis=1))
@@ -118,11 +118,11 @@ def apart(g: Graph, op: ops.Attend | ops.AttendRows) -> list[str]:
             q, k, v = split(whole, [heads, kv, kv])
         else:
             turning, v = split(whole, [heads + kv, kv])
-            q, k = split(_turned(g, rotation[0], turning, heads + kv), [heads, kv])
+            q, k = split(_turned(g, rotation, turning, heads + kv), [heads, kv])
     else:
         q, k, v = (g.op("Reshape", [g.name(part), g.const(shape)]) for part in parts)
         if rotation is not None:
-            q, k = (_turned(g, rotation[0], x, n) for x, n in ((q, heads), (k, kv)))
+            q, k = (_turned(g, rotation, x, n) for x, n in ((q, heads), (k, kv)))
     start = g.op("Reshape", [g.name(key.length), g.const([-1])])
     keys, values = (
         g.op("TensorScatter", [g.name(append.cache), new, start], axis=2, outputs=[name])
@@ -205,15 +205,15 @@ def has_groups(op: ops.Attend | ops.AttendRows) -> bool:
     return several and plain and op.q.dtype is DType.F32
 
 
-def _turned(g: Graph, rope: ops.Rope, x: str, heads: int) -> str:
+def _turned(g: Graph, by: _Rotation, x: str, heads: int) -> str:
     """One token's heads [1, n, 1, hd], rotated."""
-    cos, sin, _ = rope_tables(g, rope)
-    return g.op("RotaryEmbedding", [x, cos, sin, _position(g, rope)], num_heads=heads)
+    tables = [by.turns.cos, by.turns.sin]
+    return g.op("RotaryEmbedding", [x, *tables, _position(g, by)], num_heads=heads)
 
 
-def _position(g: Graph, rope: ops.Rope) -> str:
+def _position(g: Graph, by: _Rotation) -> str:
     """Where the only token of a call stands, i64[1, 1]."""
-    known = rope.positions
+    known = by.positions
     if isinstance(known.op, ops.GatherRows):
         known = known.op.x
     return (
@@ -229,13 +229,13 @@ def pair(op: ops.Attend | ops.AttendRows) -> tuple[Appending, Appending]:
     return key, value
 
 
-def _parts(op: ops.Attend | ops.AttendRows) -> list[Value]:
+def _parts(g: Graph, op: ops.Attend | ops.AttendRows) -> list[Value]:
     """Queries, keys and values before their rotation, or the one value that holds them all."""
     key, value = pair(op)
-    rotation = _rotation(op.q, key.new)
+    rotation = _rotation(g, op)
     parts = [op.q, key.new, value.new]
     if rotation is not None:
-        parts[:2] = [rope.x for rope in rotation]
+        parts[:2] = [rotation.q, rotation.k]
     whole = _joined(parts)
     return parts if whole is None else [whole]
 
@@ -254,10 +254,9 @@ def label(g: Graph, name: str) -> str:
 
 
 def _capacity(g: Graph, key: Appending) -> str:
-    """Slots of a cache, an i32 scalar."""
+    """Slots of a cache, i32[1]."""
     root = g.root()
-    capacity = root.once("Cast", [root.size(key.cache.shape[2])], to=I32)
-    return root.once("Squeeze", [capacity, root.const([0])])
+    return root.once("Cast", [root.size(key.cache.shape[2])], to=I32)
 
 
 def slots_taken(g: Graph, length: Value) -> str:
@@ -279,19 +278,29 @@ def slots_taken(g: Graph, length: Value) -> str:
     return parts[cut.start]
 
 
-def _rotation(q: Value, k: Value) -> tuple[ops.Rope, ops.Rope] | None:
-    """The rotations of queries and keys, if the attention can do both: in heads of 16 · n."""
-    one, other = q.op, k.op
+@dataclass(frozen=True)
+class _Rotation:
+    """How an attention rotates queries and keys: the same table, the same positions."""
+
+    q: Value
+    k: Value
+    positions: Value
+    turns: Turns
+
+
+def _rotation(g: Graph, op: ops.Attend | ops.AttendRows) -> _Rotation | None:
+    """The rotations of queries and keys, if the attention can do both.
+
+    It does so from a table, in heads of 16 · n.
+    """
+    one, other = op.q.op, pair(op)[0].new.op
     if not isinstance(one, ops.Rope) or not isinstance(other, ops.Rope):
         return None
-    if sizes(q.shape[-1:])[0] % 16:
+    if sizes(op.q.shape[-1:])[0] % 16:
         return None
-    alike = (one.positions, one.theta, one.scaling) == (
-        other.positions,
-        other.theta,
-        other.scaling,
-    )
-    return (one, other) if alike else None
+    parts = [(rope.positions, rope.theta, rope.scaling) for rope in (one, other)]
+    table = turns(g, one) if parts[0] == parts[1] else None
+    return None if table is None else _Rotation(one.x, other.x, one.positions, table)
 
 
 def _joined(parts: Sequence[Value]) -> Value | None:

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import numpy as np
-import torch
 
 from liquidc.backends.onnxruntime.emit_quantised import product
 from liquidc.backends.onnxruntime.emit_tensor import Emit
 from liquidc.backends.onnxruntime.graph import Graph
 from liquidc.ir import DType, Op, ops
-from liquidc.ir.rotary import Scaling, rates
 from liquidc.ir.weights import sizes
 
 
@@ -78,31 +76,6 @@ def _softmax(g: Graph, op: ops.Softmax) -> list[str]:
     return [g.op("Softmax", [g.name(op.x)], axis=op.dim)]
 
 
-def _rope(g: Graph, op: ops.Rope) -> list[str]:
-    """RotaryEmbedding over all tokens as one row; angles as the model computes them."""
-    heads, width = sizes(op.x.shape[-2:])
-    cos, sin, _ = rope_tables(g, op)
-    x = g.op("Reshape", [g.name(op.x), g.const([1, -1, heads * width])])
-    positions = g.op("Reshape", [g.name(op.positions), g.const([1, -1])])
-    y = g.op("RotaryEmbedding", [x, cos, sin, positions], num_heads=heads)
-    if op.x.type.rank == 3:
-        return [g.op("Reshape", [y, g.const([-1, heads, width])])]
-    return [g.op("Reshape", [y, g.shape(op.y.shape)])]
-
-
-def rope_tables(g: Graph, op: ops.Rope) -> tuple[str, str, int]:
-    """Cosines and sines f32[positions, hd / 2] for every position of the context; how many."""
-    half, scaling = sizes(op.x.shape[-1:])[0] // 2, Scaling.read(op.scaling)
-    count = int(str(g.shared.module.attributes.get("max_positions", 4096)))
-    positions = torch.arange(count, dtype=torch.float32)
-    angle = positions[:, None] * rates(op.theta, half, scaling, torch.float32)
-    tables = (angle.cos(), angle.sin())
-    if scaling is not None:
-        tables = tuple(table * scaling.amplitude for table in tables)
-    cos, sin = (g.const(table.numpy(), np.float32) for table in tables)
-    return cos, sin, count
-
-
 EMIT: dict[type[Op], Emit] = {
     ops.Embed: _embed,
     ops.Linear: _linear,
@@ -110,6 +83,5 @@ EMIT: dict[type[Op], Emit] = {
     ops.RMSNorm: _rms_norm,
     ops.LayerNorm: _layer_norm,
     ops.Softmax: _softmax,
-    ops.Rope: _rope,
 }
 """Lowerings by op class."""

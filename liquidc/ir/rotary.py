@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import math
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
+
+from liquidc.ir.types import DType, TensorType
+from liquidc.ir.weights import Box, WeightExpr, WeightSource
 
 if TYPE_CHECKING:
     import torch
@@ -79,6 +83,55 @@ def rates(theta: float, half: int, scaling: Scaling | None, dtype: torch.dtype) 
         _, rule = _RULES[scaling.kind]
         plain = rule(plain, theta, scaling.numbers)
     return torch.tensor(plain, dtype=dtype)
+
+
+@dataclass(frozen=True, slots=True)
+class Rotation(WeightExpr):
+    """`rotation("cos", 10000.0, "", f32[1024, 8])`: cosines or sines by position and pair.
+
+    Element [p, i] is the cosine or sine, rounded to float32, of the float32 product of p and the
+    rate of pair i, times the scaling's amplitude: what `semantics.rope` multiplies with.
+    """
+
+    part: str
+    theta: float
+    scaling: str
+    table: TensorType
+
+    def __post_init__(self) -> None:
+        if self.part not in ("cos", "sin"):
+            raise ValueError(f"a table of cos or sin, not of {self.part!r}")
+        if self.table.dtype != DType.F32 or self.table.rank != 2:
+            raise ValueError(f"a table of positions and pairs is f32 and 2-D, not {self.table}")
+        Scaling.read(self.scaling)
+
+    @property
+    def type(self) -> TensorType:
+        """See `WeightExpr`."""
+        return self.table
+
+    @property
+    def work(self) -> int:
+        """See `WeightExpr`: float32 angles and float64 cosines beside the result."""
+        return 6
+
+    def __str__(self) -> str:
+        told = f'"{self.part}", {float(self.theta)!r}, {json.dumps(self.scaling)}, {self.table}'
+        return f"rotation({told})"
+
+    def sources(self) -> tuple[str, ...]:
+        """See `WeightExpr`."""
+        return ()
+
+    def read(self, source: WeightSource, box: Box) -> torch.Tensor:
+        """See `WeightExpr`."""
+        import torch
+
+        scaling, half = Scaling.read(self.scaling), self.sizes[1]
+        angle = torch.arange(*box[0])[:, None] * rates(self.theta, half, scaling, torch.float32)
+        turned = angle[:, slice(*box[1])].double()
+        turned = (turned.cos() if self.part == "cos" else turned.sin()).float()
+        return turned if scaling is None else turned * scaling.amplitude
 
 
 def _linear(plain: list[float], theta: float, numbers: tuple[float, ...]) -> list[float]:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 from liquidc.ir.mxfp4 import Mxfp4
 from liquidc.ir.quantised import Codes, Scales, Zeros
+from liquidc.ir.rotary import Rotation
 from liquidc.ir.types import DType, TensorType
 from liquidc.ir.weights import (
     Box,
@@ -192,6 +193,7 @@ FUNCTIONS: dict[str, Callable[..., WeightExpr]] = {
     "xor": Xor,
     "mix": lambda xs, shares: Mix(tuple(xs), tuple(map(float, shares))),
     "product": Product,
+    "rotation": Rotation,
     "mxfp4": Mxfp4,
     "codes": Codes,
     "scales": Scales,
