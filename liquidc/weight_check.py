@@ -8,7 +8,7 @@ codes or in another order is farther away than any rounding.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 
 import torch
 
@@ -92,7 +92,7 @@ def _far(
     source: WeightSource,
 ) -> float:
     """‖w' − w‖ / ‖w‖ of codes with the scales and zeros that are stored for them."""
-    options = {n: getattr(codes, n) for n in ("x", "format", "block", "symmetric", "method")}
+    options = {field.name: getattr(codes, field.name) for field in fields(codes)}
     scales = parts.get(str(_same_rows(weight.expr, Scales(**options))))
     zeros = parts.get(str(_same_rows(weight.expr, Zeros(**options))))
     if scales is None or (zeros is None and not codes.symmetric):

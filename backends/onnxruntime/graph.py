@@ -16,7 +16,7 @@ from liquidc.errors import UnsupportedError
 from liquidc.ir import Block, Dim, DType, Module, Op, Value, ops
 from liquidc.ir.regions import Key
 from liquidc.ir.types import dim_names
-from liquidc.ir.weights import Select, WeightExpr
+from liquidc.ir.weights import WeightExpr
 
 OPSET = 24
 IR_VERSION = 11
@@ -123,7 +123,7 @@ class Graph:
     def weight_expr(self, name: str, expert: int | None = None) -> tuple[str, WeightExpr]:
         """What a weight is called, and what it holds; or one expert's part of it."""
         expr = self.shared.module.weights[name]
-        return (name, expr) if expert is None else (f"{name}.{expert}", Select(expr, expert))
+        return (name, expr) if expert is None else (f"{name}.{expert}", expr.entry(expert))
 
     def view(self, name: str, expr: WeightExpr, element: int, shape: Sequence[int]) -> str:
         """The bytes of `expr`, as an initialiser of another element type and shape.

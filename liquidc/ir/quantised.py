@@ -18,12 +18,12 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
 from liquidc.errors import InputError
 from liquidc.ir.types import DType, TensorType
-from liquidc.ir.weights import Box, WeightExpr, WeightSource
+from liquidc.ir.weights import Box, Select, WeightExpr, WeightSource
 
 if TYPE_CHECKING:
     import torch
@@ -185,13 +185,19 @@ def unpack(data: torch.Tensor) -> torch.Tensor:
 
 @dataclass(frozen=True, slots=True)
 class Quantised(WeightExpr):
-    """What `codes`, `scales` and `zeros` have in common: the weight and how it is quantised."""
+    """What `codes`, `scales` and `zeros` have in common: the weight and how it is quantised.
+
+    Codes that calibration made for a whole stack lie under the stack's name: `kept` and `place` are
+    that name and the entry of the stack.
+    """
 
     x: WeightExpr
     format: str
     block: int
     symmetric: bool
     method: str = "nearest"
+    kept: str = ""
+    place: int = 0
 
     def __post_init__(self) -> None:
         if self.format not in BITS:
@@ -232,17 +238,33 @@ class Quantised(WeightExpr):
         except InputError as error:
             raise InputError(f"{', '.join(self.sources())}: {error}") from None
 
+    def entry(self, index: int) -> WeightExpr:
+        """See `WeightExpr`: blocks lie within an entry, unless it has too few dimensions."""
+        if self.x.type.rank < 3 or self.kept:
+            return Select(self, index)
+        x = self.x.entry(index)
+        if self.method == "nearest":
+            return replace(self, x=x)
+        return replace(self, x=x, kept=self._digest, place=index)
+
+    @property
+    def _digest(self) -> str:
+        """What names the codes that calibration makes of a weight."""
+        what = f"{self.x} {self.format} {self.block} {self.symmetric} {self.method}"
+        return hashlib.sha256(what.encode()).hexdigest()[:32]
+
     @property
     def stored(self) -> str:
         """The name under which a source holds what calibration made."""
-        kind = type(self).__name__.lower()
-        what = f"{self.x} {self.format} {self.block} {self.symmetric} {self.method}"
-        return f"{CALIBRATED}{hashlib.sha256(what.encode()).hexdigest()[:32]}.{kind}"
+        return f"{CALIBRATED}{self.kept or self._digest}.{type(self).__name__.lower()}"
 
     def read(self, source: WeightSource, box: Box) -> torch.Tensor:
         """See `WeightExpr`."""
         if self.method == "nearest":
             return self._rounded(source, box)
+        if self.kept:
+            (entry,) = source.read_rows(self.stored, self.place, self.place + 1)
+            return entry[tuple(slice(*bounds) for bounds in box)]
         rows = source.read_rows(self.stored, *box[0])
         return rows[(slice(None), *(slice(*bounds) for bounds in box[1:]))]
 
@@ -253,7 +275,8 @@ class Quantised(WeightExpr):
     def _text(self, name: str) -> str:
         symmetric = "true" if self.symmetric else "false"
         method = "" if self.method == "nearest" else f', "{self.method}"'
-        return f'{name}({self.x}, "{self.format}", {self.block}, {symmetric}{method})'
+        place = f', "{self.kept}", {self.place}' if self.kept else ""
+        return f'{name}({self.x}, "{self.format}", {self.block}, {symmetric}{method}{place})'
 
 
 @dataclass(frozen=True, slots=True)

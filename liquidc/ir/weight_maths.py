@@ -61,6 +61,12 @@ class Take(WeightExpr):
         """See `WeightExpr`."""
         return self.x.sources()
 
+    def entry(self, index: int) -> WeightExpr:
+        """See `WeightExpr`."""
+        if self.dim == 0:
+            return self.x.entry(self.index[index])
+        return Take(self.x.entry(index), self.dim - 1, self.index)
+
     def read(self, source: WeightSource, box: Box) -> torch.Tensor:
         """See `WeightExpr`."""
         import torch
@@ -101,6 +107,10 @@ class Xor(WeightExpr):
         """See `WeightExpr`."""
         return self.x.sources()
 
+    def entry(self, index: int) -> WeightExpr:
+        """See `WeightExpr`."""
+        return Xor(self.x.entry(index), self.mask)
+
     def read(self, source: WeightSource, box: Box) -> torch.Tensor:
         """See `WeightExpr`."""
         return self.x.read(source, box) ^ self.mask
@@ -131,6 +141,10 @@ class Mix(WeightExpr):
     def sources(self) -> tuple[str, ...]:
         """See `WeightExpr`."""
         return tuple(name for x in self.xs for name in x.sources())
+
+    def entry(self, index: int) -> WeightExpr:
+        """See `WeightExpr`."""
+        return Mix(tuple(x.entry(index) for x in self.xs), self.shares)
 
     def read(self, source: WeightSource, box: Box) -> torch.Tensor:
         """See `WeightExpr`."""

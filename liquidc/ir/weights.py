@@ -56,6 +56,13 @@ class WeightExpr:
         """Names of the checkpoint tensors that the expression reads, in order."""
         raise NotImplementedError
 
+    def entry(self, index: int) -> WeightExpr:
+        """One entry of the first dimension, which disappears; reads no more than that entry.
+
+        Its text names no tensor of other entries: an expert says what it holds, not its stack.
+        """
+        return Select(self, index)
+
     @property
     def sizes(self) -> tuple[int, ...]:
         """The shape as sizes."""
@@ -150,6 +157,12 @@ class Slice(WeightExpr):
         """See `WeightExpr`."""
         return self.x.sources()
 
+    def entry(self, index: int) -> WeightExpr:
+        """See `WeightExpr`."""
+        if self.dim == 0:
+            return self.x.entry(self.start + index)
+        return Slice(self.x.entry(index), self.dim - 1, self.start, self.stop)
+
     def read(self, source: WeightSource, box: Box) -> torch.Tensor:
         """See `WeightExpr`."""
         low, high = box[self.dim]
@@ -209,6 +222,12 @@ class Transpose(WeightExpr):
         """See `WeightExpr`."""
         return self.x.sources()
 
+    def entry(self, index: int) -> WeightExpr:
+        """See `WeightExpr`."""
+        if self.perm[0] != 0:
+            return Select(self, index)
+        return Transpose(self.x.entry(index), tuple(i - 1 for i in self.perm[1:]))
+
     def read(self, source: WeightSource, box: Box) -> torch.Tensor:
         """See `WeightExpr`."""
         bounds = dict(zip(self.perm, box, strict=True))
@@ -244,6 +263,16 @@ class Concat(WeightExpr):
     def sources(self) -> tuple[str, ...]:
         """See `WeightExpr`."""
         return tuple(name for x in self.xs for name in x.sources())
+
+    def entry(self, index: int) -> WeightExpr:
+        """See `WeightExpr`."""
+        if self.dim > 0:
+            return Concat(tuple(x.entry(index) for x in self.xs), self.dim - 1)
+        for x in self.xs:
+            if index < x.sizes[0]:
+                return x.entry(index)
+            index -= x.sizes[0]
+        raise ValueError(f"{self.type} has no entry {index}")
 
     def read(self, source: WeightSource, box: Box) -> torch.Tensor:
         """See `WeightExpr`."""
@@ -283,6 +312,10 @@ class Stack(WeightExpr):
         """See `WeightExpr`."""
         return tuple(name for x in self.xs for name in x.sources())
 
+    def entry(self, index: int) -> WeightExpr:
+        """See `WeightExpr`."""
+        return self.xs[index]
+
     def read(self, source: WeightSource, box: Box) -> torch.Tensor:
         """See `WeightExpr`."""
         import torch
@@ -308,6 +341,10 @@ class Cast(WeightExpr):
     def sources(self) -> tuple[str, ...]:
         """See `WeightExpr`."""
         return self.x.sources()
+
+    def entry(self, index: int) -> WeightExpr:
+        """See `WeightExpr`."""
+        return Cast(self.x.entry(index), self.dtype)
 
     def read(self, source: WeightSource, box: Box) -> torch.Tensor:
         """See `WeightExpr`."""
