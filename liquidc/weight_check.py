@@ -60,7 +60,7 @@ def check_weights(stored: Mapping[str, StoredWeight], source: WeightSource) -> l
             error = _far(weight, kind, flipped, parts, source)
             found.append(Finding(name, kind.format, error, FARTHEST[kind.format]))
         elif isinstance(kind, Rotation):
-            found.append(Finding(name, "rotation", _apart(weight, source), ROTATION))
+            found.append(Finding(name, "f32", _apart(weight, source), ROTATION))
         elif isinstance(kind, Stored) and kind.name.startswith(CALIBRATED):
             found.append(Finding(name, "scale", _no_scale(weight), 0.0))
         elif not isinstance(kind, Quantised):

@@ -1,7 +1,7 @@
 """Rotary embeddings as ONNX nodes.
 
-Cosines and sines come from a table, which is a weight: one row by position of the context, one
-table for all layers that rotate alike. Where there is no such table (the model names no context, the
+Cosines and sines come from a table, which is a weight: a row for each position of the context, one
+table for all layers that rotate alike. Where there is no table (the model names no context, the
 table would be larger than `MAX_TABLE_BYTES`, or a module makes positions of its own), they are
 computed from the positions of the call, once for all layers.
 """
