@@ -23,6 +23,7 @@ from liquidc.ir.weights import WeightExpr, WeightSource
 if TYPE_CHECKING:
     import torch
 
+    from liquidc.ir.core import Module
     from liquidc.manifest import Manifest
 
 Arrays = dict[str, NDArray[Any]]
@@ -290,6 +291,11 @@ class Backend(ABC):
     @abstractmethod
     def tools(self) -> dict[str, str]:
         """Versions of the tools that shape the engine's bytes, by name."""
+
+    def hint(self, module: Module, choices: Choices) -> str | None:
+        """A message for the person waiting: a choice that would serve this module better."""
+        del module, choices
+        return None
 
     @abstractmethod
     def stored_weights(self, engine: Path, manifest: Manifest) -> dict[str, StoredWeight]:

@@ -59,7 +59,7 @@ class Progress(Protocol):
         ...
 
     def note(self, text: str) -> None:
-        """Something that who waits should know."""
+        """A message for the person waiting."""
         ...
 
     def done(self, name: str, seconds: float) -> None:
@@ -316,6 +316,8 @@ class _Run:
         return module
 
     def _backend_stages(self, module: Module) -> dict[str, Any]:
+        if (hint := self.plan.backend.hint(module, self.options.choices)) is not None:
+            self.progress.note(hint)
         context = StageContext(
             self.directory,
             self.source,

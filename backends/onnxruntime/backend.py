@@ -7,11 +7,19 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from liquidc.backends.base import Backend, Runner, RunnerOptions, Stage, StageContext, StoredWeight
+from liquidc.backends.base import (
+    Backend,
+    Choices,
+    Runner,
+    RunnerOptions,
+    Stage,
+    StageContext,
+    StoredWeight,
+)
 from liquidc.backends.weights_file import NAME, stored_weights, write_weights
 from liquidc.errors import InputError
-from liquidc.ir import Module
-from liquidc.ir.weights import WeightExpr
+from liquidc.ir import Module, ops
+from liquidc.ir.weights import WeightExpr, sizes
 
 if TYPE_CHECKING:
     from liquidc.backends.onnxruntime.emit import Lowered
@@ -20,6 +28,12 @@ if TYPE_CHECKING:
 MODEL = "model.onnx"
 NODES = "nodes.json"
 """Which nodes of the graphs count what; see `nodes`."""
+MANY_EXPERTS = 512
+"""Experts of all layers from which an operator for each is slower than one for each layer.
+
+A product of no rows takes 0.4 to 0.9 µs of every step. With 8 layers of 128 experts, int4, width
+32, one thread: 1.05 ms a token apart, 0.26 ms fused.
+"""
 OPSETS = "ai.onnx 24, com.microsoft 1"
 
 
@@ -115,6 +129,23 @@ class OnnxRuntimeBackend(Backend):
     def tools(self) -> dict[str, str]:
         """What writes the graph."""
         return {"onnx": metadata.version("onnx")}
+
+    def hint(self, module: Module, choices: Choices) -> str | None:
+        """Many experts are faster as one operator for each layer, where there is one for them."""
+        from liquidc.backends.onnxruntime.emit_qmoe import refusal
+
+        main = module.functions["prefill"].body.walk()
+        found = [op for op in main if isinstance(op, ops.GroupedExperts)]
+        count = sum(sizes(op.gate_up.shape[:1])[0] for op in found)
+        if choices.fused_experts or choices.portable_weights or count < MANY_EXPERTS:
+            return None
+        if any(refusal(op) for op in found):
+            return None
+        return (
+            f"{count} experts become {2 * count} products in the graph; --fused-experts makes them "
+            f"{len(found)} operators: a smaller graph and faster steps, but a profile can't tell "
+            "which experts ran"
+        )
 
     def stored_weights(self, engine: Path, manifest: Manifest) -> dict[str, StoredWeight]:
         """The initialisers of all graphs, by the expressions in their documentation."""

@@ -11,6 +11,7 @@ nothing, and negative weights would be lost, so that only routers without them a
 from __future__ import annotations
 
 from math import prod
+from typing import cast
 
 import numpy as np
 
@@ -30,25 +31,12 @@ def qmoe(g: Graph, op: ops.GroupedExperts) -> list[str]:
     Raises:
         UnsupportedError: QMoE can't compute these experts.
     """
-    gate_up, down = op.gate_up.op, op.down.op
-    if not isinstance(gate_up, ops.Dequantize) or not isinstance(down, ops.Dequantize):
-        raise _refusal(op, "their weights are not quantised")
-    if "e4m3" in (gate_up.format, down.format):
-        raise _refusal(op, "its CPU kernel has no e4m3")
-    if gate_up.block != down.block:
-        raise _refusal(op, f"blocks of {gate_up.block} and {down.block} elements")
-    if gate_up.block < LEAST or gate_up.block & (gate_up.block - 1):
-        raise _refusal(
-            op, f"blocks of {gate_up.block} elements are no power of two from {LEAST} on"
+    if (reason := refusal(op)) is not None:
+        raise UnsupportedError(
+            f"onnxruntime: the experts at {op.loc} can't be one QMoE: {reason}; "
+            "compile without --fused-experts"
         )
-    if {op.input_block, op.inner_block} - {0, gate_up.block}:
-        raise _refusal(
-            op, f"what they read is rounded in other blocks than {gate_up.block} elements"
-        )
-    if op.apply != "output":
-        raise _refusal(op, "they weigh their inputs")
-    if not _never_negative(op.weight.op):
-        raise _refusal(op, "QMoE ignores negative weights, and their router may give some")
+    gate_up, down = cast(ops.Dequantize, op.gate_up.op), cast(ops.Dequantize, op.down.op)
     experts, rows, _ = sizes(op.gate_up.shape)
     # [gate; up] to gate and up in turn: the CPU kernel knows no other layout.
     order = tuple(np.arange(rows).reshape(2, -1).T.reshape(-1).tolist())
@@ -83,19 +71,32 @@ def qmoe(g: Graph, op: ops.GroupedExperts) -> list[str]:
     return [y]
 
 
+def refusal(op: ops.GroupedExperts) -> str | None:
+    """Why QMoE can't compute these experts; None if it can."""
+    gate_up, down = op.gate_up.op, op.down.op
+    if not isinstance(gate_up, ops.Dequantize) or not isinstance(down, ops.Dequantize):
+        return "their weights are not quantised"
+    if "e4m3" in (gate_up.format, down.format):
+        return "its CPU kernel has no e4m3"
+    if gate_up.block != down.block:
+        return f"blocks of {gate_up.block} and {down.block} elements"
+    if gate_up.block < LEAST or gate_up.block & (gate_up.block - 1):
+        return f"blocks of {gate_up.block} elements are no power of two from {LEAST} on"
+    if {op.input_block, op.inner_block} - {0, gate_up.block}:
+        return f"what they read is rounded in other blocks than {gate_up.block} elements"
+    if op.apply != "output":
+        return "they weigh their inputs"
+    if not _never_negative(op.weight.op):
+        return "QMoE ignores negative weights, and their router may give some"
+    return None
+
+
 def _never_negative(op: Op | None) -> bool:
     """Whether weights are those of a router whose formula has no negative results."""
     return (
         isinstance(op, ops.Route)
         and op.scaling >= 0
         and (op.score in ("softmax", "sigmoid") or op.post in ("softmax_k", "sigmoid"))
-    )
-
-
-def _refusal(op: ops.GroupedExperts, reason: str) -> UnsupportedError:
-    return UnsupportedError(
-        f"onnxruntime: the experts at {op.loc} can't be one QMoE: {reason}; "
-        "compile without --fused-experts"
     )
 
 

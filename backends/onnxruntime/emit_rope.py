@@ -60,14 +60,15 @@ def turns(g: Graph, op: ops.Rope) -> Turns | None:
     table = TensorType(DType.F32, (count, sizes(op.x.shape[-1:])[0] // 2))
     if 2 * byte_size(table) > MAX_TABLE_BYTES:
         return None
-    names: list[str] = []
-    for part in ("cos", "sin"):
-        expr = Rotation(part, op.theta, op.scaling, table)
-        # Named by what it holds: layers and graphs of one engine share it.
-        name = f"rope.{part}.{hashlib.sha256(str(expr).encode()).hexdigest()[:8]}"
-        g.shared.weights.setdefault(name, expr)
-        names.append(name)
-    return Turns(*names, count)
+    cos, sin = (_table(g, Rotation(p, op.theta, op.scaling, table)) for p in ("cos", "sin"))
+    return Turns(cos, sin, count)
+
+
+def _table(g: Graph, expr: Rotation) -> str:
+    """A weight named by what it holds: layers and graphs of one engine share it."""
+    name = f"rope.{expr.part}.{hashlib.sha256(str(expr).encode()).hexdigest()[:8]}"
+    g.shared.weights.setdefault(name, expr)
+    return name
 
 
 def _counts_tokens(positions: Value) -> bool:

@@ -10,6 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from liquidc.ir import DType, TensorType, parse_module
+from liquidc.ir.rotary import Rotation
+from liquidc.ir.semantics import rope
 from liquidc.ir.weight_maths import Mix, Product, Take, Xor
 from liquidc.ir.weights import (
     Cast,
@@ -121,12 +123,45 @@ def test_every_box(made: tuple[Source, WeightExpr, torch.Tensor], data: st.DataO
 
 
 @settings(max_examples=100, deadline=None)
+@given(expressions(), st.data())
+def test_an_entry(made: tuple[Source, WeightExpr, torch.Tensor], data: st.DataObject) -> None:
+    """That of the tensor; of a stack, it reads one of the tensors."""
+    source, expr, value = made
+    if not value.dim():
+        return
+    index = data.draw(st.integers(0, value.shape[0] - 1))
+    entry = expr.entry(index)
+    assert entry.type == expr.type.with_shape(*value.shape[1:])
+    read = entry.read(source, tuple((0, size) for size in sizes(entry.type.shape)))
+    assert torch.equal(read, value[index])
+    assert set(entry.sources()) <= set(expr.sources())
+    if isinstance(expr, Stack):
+        assert len(entry.sources()) < len(expr.sources())
+
+
+@settings(max_examples=100, deadline=None)
 @given(expressions())
 def test_evaluated_in_blocks(made: tuple[Source, WeightExpr, torch.Tensor]) -> None:
     source, expr, value = made
     parts = [block.reshape(-1) for block in evaluate(expr, source)]
     assert torch.equal(torch.cat(parts), value.reshape(-1))
     assert set(expr.sources()) <= source.tensors.keys()
+
+
+@pytest.mark.parametrize("scaling", ["", "yarn(4.0, 32.0, 1.0, 64.0, 1.0, 1.2)"])
+def test_a_table_of_angles_is_what_rope_multiplies_with(scaling: str) -> None:
+    """A unit vector turns to cosine and sine; blocks of rows change no bit."""
+    positions = torch.arange(1000)
+    x = torch.zeros(1000, 1, 16)
+    x[..., :8] = 1
+    turned = rope(x, positions, 10000.0, scaling)[:, 0]
+    for part, wanted in zip(("cos", "sin"), turned.chunk(2, -1), strict=True):
+        table = Rotation(part, 10000.0, scaling, TensorType(DType.F32, (1000, 8)))
+        whole = torch.cat(list(evaluate(table, Source())))
+        torch.testing.assert_close(whole, wanted, rtol=0, atol=2e-7)
+        assert torch.equal(torch.cat(list(evaluate(table, Source(), 7000))), whole)
+        line = f"module @m\nweight @w : {table.type} = {table}\n"
+        assert parse_module(line).weights["w"] == table
 
 
 def test_a_product_is_rounded_once() -> None:
