@@ -186,15 +186,15 @@ class ModuleInput:
 
     def trace(self) -> Module:
         """See `ModelInput`."""
+        from liquidc.frontend.positions import context_of
         from liquidc.frontend.trace import trace
 
         module = trace(self._module)
-        for key, attribute in (
-            ("max_positions", "max_position_embeddings"),
-            ("vocab_size", "vocab_size"),
-        ):
-            if type(self._config.get(attribute)) is int:
-                module.attributes.setdefault(key, self._config[attribute])
+        named = self._config.get("max_position_embeddings")
+        if (context := context_of(module, named if type(named) is int else None)) is not None:
+            module.attributes["max_positions"] = context
+        if type(vocabulary := self._config.get("vocab_size")) is int:
+            module.attributes["vocab_size"] = vocabulary
         gate: Any = self._config.get("depth_gate")
         if isinstance(gate, dict) and "kv_policy" in gate:
             module.attributes.setdefault("kv_policy", str(cast(Any, gate)["kv_policy"]))

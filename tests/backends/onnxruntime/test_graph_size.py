@@ -21,7 +21,7 @@ STEPS = {
     "int4, zero points": Quantize(scheme="int4", symmetric=False, block=16),
     "fp8": Quantize(scheme="fp8", block=32),
 }
-MAX_BYTES = 2500
+MAX_BYTES = 3000
 """For an expert: two products, with codes, scales and zero points as initialisers of some 300."""
 
 
