@@ -183,6 +183,8 @@ EMIT: dict[type[Op], Emit] = {
     ops.Log: _same("Log"),
     ops.Floor: _same("Floor"),
     ops.Sqrt: _same("Sqrt"),
+    ops.Sin: _same("Sin"),
+    ops.Cos: _same("Cos"),
     ops.Tanh: _by_row("Tanh"),
     ops.Sigmoid: _same("Sigmoid"),
     ops.ReLU: _by_row("Relu"),

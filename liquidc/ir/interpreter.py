@@ -300,6 +300,8 @@ COMPUTE: dict[type[Op], Callable[..., Any]] = {
     ops.Floor: _unary(torch.floor),
     ops.Sqrt: _unary(torch.sqrt),
     ops.Rsqrt: _unary(torch.rsqrt),
+    ops.Sin: _unary(torch.sin),
+    ops.Cos: _unary(torch.cos),
     ops.Tanh: _unary(torch.tanh),
     ops.Sigmoid: _unary(torch.sigmoid),
     ops.ReLU: _unary(torch.relu),

@@ -84,6 +84,8 @@ EXAMPLES: dict[str, Example] = {
     "floor": unary("floor", torch.floor),
     "sqrt": unary("sqrt", torch.sqrt),
     "rsqrt": unary("rsqrt", torch.rsqrt),
+    "sin": unary("sin", torch.sin),
+    "cos": unary("cos", torch.cos),
     "tanh": unary("tanh", torch.tanh),
     "sigmoid": unary("sigmoid", torch.sigmoid),
     "relu": unary("relu", torch.relu),

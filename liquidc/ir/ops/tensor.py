@@ -68,6 +68,14 @@ class Rsqrt(Unary, name="rsqrt", tokenwise=True):
     """1 / √x."""
 
 
+class Sin(Unary, name="sin", tokenwise=True):
+    """Sine of x in radians."""
+
+
+class Cos(Unary, name="cos", tokenwise=True):
+    """Cosine of x in radians."""
+
+
 class Tanh(Unary, name="tanh", tokenwise=True):
     """Hyperbolic tangent."""
 
