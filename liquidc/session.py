@@ -229,6 +229,11 @@ class Session:
                     f"row {row} holds {self.lengths[row]} of {self.capacity} tokens; "
                     f"{len(given)} more don't fit"
                 )
+        if "lengths" not in self._inputs and len({len(row) for row in rows}) > 1:
+            raise InputError(
+                "rows of different lengths need padding, which this model does not know: "
+                "give rows of one length"
+            )
         if self.lengths.any() and not self._can_continue:
             raise InputError(
                 "the engine has no cache, for its model does not mark cached attention: "
