@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from liquidc.frontend.aten import TABLE
+from liquidc.frontend.operators import ATEN
 from liquidc.frontend.semantic_import import SEMANTIC
 
 
 def page() -> str:
     """The page, from the importer's tables."""
     overloads: dict[str, list[str]] = {}
-    for name in TABLE:
+    for name in ATEN:
         if name.startswith("aten."):
             _, operator, overload = name.split(".")
             overloads.setdefault(operator, []).append(overload)

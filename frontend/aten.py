@@ -9,29 +9,15 @@ from typing import Any, cast
 import torch
 from torch import fx
 
+from liquidc.frontend.aten_table import TABLE, dim_of, out_type, translates
 from liquidc.frontend.importer import DTYPES, Import, Importer
-from liquidc.ir import DType, Op, TensorType, Value, ops
-
-TABLE: dict[str, Import] = {}
-
-
-def translates(*names: str) -> Callable[[Import], Import]:
-    """Register a translation for operators, named as `torch.ops` prints them."""
-
-    def register(function: Import) -> Import:
-        TABLE.update(dict.fromkeys(names, function))
-        return function
-
-    return register
-
-
-def _out(imp: Importer, node: fx.Node) -> TensorType:
-    return imp.type_of(node.meta["val"])
+from liquidc.ir import Dim, DType, Op, Value, ops
+from liquidc.ir.types import product
 
 
 def _unary(cls: Callable[[Value], Op]) -> Import:
     def translate(imp: Importer, node: fx.Node) -> Value:
-        x = imp.cast(imp.arg(node, 0), _out(imp, node).dtype)
+        x = imp.cast(imp.arg(node, 0), out_type(imp, node).dtype)
         return imp.emit(cls(x), node).result
 
     return translate
@@ -39,7 +25,7 @@ def _unary(cls: Callable[[Value], Op]) -> Import:
 
 def _binary(cls: type[ops.Binary]) -> Import:
     def translate(imp: Importer, node: fx.Node) -> Value:
-        dtype = _operand_dtype(node) if issubclass(cls, ops.Compare) else _out(imp, node).dtype
+        dtype = _operand_dtype(node) if issubclass(cls, ops.Compare) else out_type(imp, node).dtype
         a, b = (imp.operand(imp.arg(node, i), dtype) for i in range(2))
         if (alpha := node.kwargs.get("alpha", 1)) != 1:
             b = imp.emit(ops.Mul(b, imp.scalar(float(str(alpha)), dtype)), node).y
@@ -55,12 +41,13 @@ def _operand_dtype(node: fx.Node) -> DType:
 
 
 for _name, _cls in {
-    "neg": ops.Neg,
     "exp": ops.Exp,
     "log": ops.Log,
     "floor": ops.Floor,
     "sqrt": ops.Sqrt,
     "rsqrt": ops.Rsqrt,
+    "sin": ops.Sin,
+    "cos": ops.Cos,
     "tanh": ops.Tanh,
     "sigmoid": ops.Sigmoid,
     "relu": ops.ReLU,
@@ -91,6 +78,8 @@ for _name, _cls in {
 for _name, _cls in {
     "maximum": ops.Maximum,
     "minimum": ops.Minimum,
+    "clamp_min": ops.Maximum,
+    "clamp_max": ops.Minimum,
     "logical_and": ops.And,
     "logical_or": ops.Or,
 }.items():
@@ -99,29 +88,113 @@ for _name, _cls in {
 
 @translates("aten.rsub.Scalar")
 def _rsub(imp: Importer, node: fx.Node) -> Value:
-    dtype = _out(imp, node).dtype
+    dtype = out_type(imp, node).dtype
     a, b = (imp.operand(imp.arg(node, i), dtype) for i in range(2))
     return imp.emit(ops.Sub(b, a), node).y
 
 
 @translates("aten.log1p.default")
 def _log1p(imp: Importer, node: fx.Node) -> Value:
-    x = imp.operand(imp.arg(node, 0), _out(imp, node).dtype)
-    one = imp.operand(1.0, _out(imp, node).dtype)
+    x = imp.operand(imp.arg(node, 0), out_type(imp, node).dtype)
+    one = imp.operand(1.0, out_type(imp, node).dtype)
     return imp.emit(ops.Log(imp.emit(ops.Add(x, one), node).y), node).result
+
+
+@translates("aten.abs.default")
+def _abs(imp: Importer, node: fx.Node) -> Value:
+    x = imp.arg(node, 0)
+    return imp.emit(ops.Maximum(x, _negative(imp, x)), node).y
+
+
+@translates("aten.neg.default")
+def _neg(imp: Importer, node: fx.Node) -> Value:
+    x = imp.arg(node, 0)
+    return imp.emit(ops.Neg(x), node).y if x.dtype.is_float else _negative(imp, x)
+
+
+def _negative(imp: Importer, x: Value) -> Value:
+    """-x, of integers too."""
+    return imp.emit(ops.Sub(imp.scalar(0, x.dtype), x)).y
+
+
+@translates("aten.square.default")
+def _square(imp: Importer, node: fx.Node) -> Value:
+    x = imp.arg(node, 0)
+    return imp.emit(ops.Mul(x, x), node).y
+
+
+@translates("aten.sign.default", "aten.sgn.default")
+def _sign(imp: Importer, node: fx.Node) -> Value:
+    x, dtype = imp.arg(node, 0), out_type(imp, node).dtype
+    zero = imp.scalar(0, x.dtype)
+    above, below = (imp.emit(compare(x, zero), node).y for compare in (ops.Gt, ops.Lt))
+    return imp.emit(ops.Sub(imp.cast(above, dtype), imp.cast(below, dtype)), node).y
+
+
+@translates("aten.reciprocal.default")
+def _reciprocal(imp: Importer, node: fx.Node) -> Value:
+    dtype = out_type(imp, node).dtype
+    one = imp.scalar(1.0, dtype)
+    return imp.emit(ops.Div(one, imp.cast(imp.arg(node, 0), dtype)), node).y
+
+
+MAX_POWER = 8
+"""The largest exponent that becomes products."""
+
+
+@translates("aten.expm1.default", "prims.expm1.default")
+def _expm1(imp: Importer, node: fx.Node) -> Value:
+    x = imp.cast(imp.arg(node, 0), out_type(imp, node).dtype)
+    return imp.emit(ops.Sub(imp.emit(ops.Exp(x), node).y, imp.scalar(1.0, x.dtype)), node).y
 
 
 @translates("aten.pow.Tensor_Scalar")
 def _pow(imp: Importer, node: fx.Node) -> Value:
-    x, exponent = imp.arg(node, 0), imp.arg(node, 1)
-    if exponent != 2:
-        raise ValueError(f"only squares are supported, not the power {exponent}")
-    return imp.emit(ops.Mul(x, x), node).y
+    x, exponent = imp.cast(imp.arg(node, 0), out_type(imp, node).dtype), imp.arg(node, 1)
+    if exponent == 0.5:
+        return imp.emit(ops.Sqrt(x), node).y
+    if exponent == -0.5:
+        return imp.emit(ops.Rsqrt(x), node).y
+    if exponent not in range(-MAX_POWER, MAX_POWER + 1) or exponent == 0:
+        raise ValueError(f"the power {exponent} is not supported: use exp and log")
+    y = x
+    for _ in range(abs(int(exponent)) - 1):
+        y = imp.emit(ops.Mul(y, x), node).y
+    return y if exponent > 0 else imp.emit(ops.Div(imp.scalar(1.0, x.dtype), y), node).y
+
+
+@translates("aten.pow.Scalar")
+def _power_of(imp: Importer, node: fx.Node) -> Value:
+    base, x = imp.arg(node, 0), imp.cast(imp.arg(node, 1), out_type(imp, node).dtype)
+    if base <= 0:
+        raise ValueError(f"powers of {base} are not supported")
+    return imp.emit(ops.Exp(imp.emit(ops.Mul(x, imp.scalar(math.log(base), x.dtype))).y), node).y
+
+
+@translates(
+    "aten.remainder.Scalar",
+    "aten.remainder.Tensor",
+    "aten.floor_divide.default",
+    "aten.div.Tensor_mode",
+    "aten.div.Scalar_mode",
+)
+def _floor_division(imp: Importer, node: fx.Node) -> Value:
+    """The quotient rounded down, or what remains; float64 holds integers exactly to 2^53."""
+    mode, dtype = node.kwargs.get("rounding_mode", "floor"), out_type(imp, node).dtype
+    if mode != "floor":
+        raise ValueError(f'rounding_mode is "floor", not "{mode}"')
+    a, b = (imp.operand(imp.arg(node, i), dtype) for i in range(2))
+    wide = dtype if dtype.is_float else DType.F64
+    quotient = imp.emit(ops.Div(imp.cast(a, wide), imp.cast(b, wide)), node).y
+    whole = imp.cast(imp.emit(ops.Floor(quotient), node).y, dtype)
+    if "remainder" not in str(node.target):
+        return whole
+    return imp.emit(ops.Sub(a, imp.emit(ops.Mul(whole, b), node).y), node).y
 
 
 @translates("aten.clamp.default", "aten.clamp.Tensor")
 def _clamp(imp: Importer, node: fx.Node) -> Value:
-    out = _out(imp, node)
+    out = out_type(imp, node)
     x = imp.cast(imp.arg(node, 0), out.dtype)
     for cls, index, name in ((ops.Maximum, 1, "min"), (ops.Minimum, 2, "max")):
         if (bound := imp.arg(node, index, name)) is not None:
@@ -136,10 +209,15 @@ def _gelu(imp: Importer, node: fx.Node) -> Value:
 
 
 @translates(
-    "aten.to.dtype", "aten.to.dtype_layout", "aten._to_copy.default", "aten.type_as.default"
+    "aten.to.dtype",
+    "aten.to.dtype_layout",
+    "aten.to.device",
+    "aten.to.other",
+    "aten._to_copy.default",
+    "aten.type_as.default",
 )
 def _cast(imp: Importer, node: fx.Node) -> Value:
-    return imp.cast(imp.arg(node, 0), _out(imp, node).dtype)
+    return imp.cast(imp.arg(node, 0), out_type(imp, node).dtype)
 
 
 @translates(
@@ -157,145 +235,20 @@ def _same(imp: Importer, node: fx.Node) -> Value:
 @translates("aten.dropout.default")
 def _dropout(imp: Importer, node: fx.Node) -> Value:
     if imp.arg(node, 2, "train"):
-        raise ValueError("the model is in training mode: call eval() first")
+        raise ValueError("its numbers are random: pass training=self.training")
     return imp.arg(node, 0)
-
-
-@translates("<built-in function getitem>")
-def _getitem(imp: Importer, node: fx.Node) -> Any:
-    return imp.arg(node, 0)[imp.arg(node, 1)]
-
-
-@translates(
-    "aten.view.default",
-    "aten.reshape.default",
-    "aten._unsafe_view.default",
-    "aten.unsqueeze.default",
-    "aten.squeeze.dim",
-    "aten.squeeze.dims",
-    "aten.flatten.using_ints",
-    "aten.unflatten.int",
-)
-def _reshape(imp: Importer, node: fx.Node) -> Value:
-    return imp.reshape(imp.arg(node, 0), _out(imp, node).shape)
-
-
-@translates("aten.expand.default", "aten.expand_as.default", "aten.broadcast_to.default")
-def _expand(imp: Importer, node: fx.Node) -> Value:
-    x, out = imp.arg(node, 0), _out(imp, node)
-    return x if x.shape == out.shape else imp.emit(ops.Broadcast(x, shape=out.shape), node).y
-
-
-def _dim(value: Value, dim: int) -> int:
-    return dim % max(value.type.rank, 1)
-
-
-@translates("aten.transpose.int")
-def _transpose(imp: Importer, node: fx.Node) -> Value:
-    x = imp.arg(node, 0)
-    a, b = (_dim(x, imp.arg(node, i)) for i in (1, 2))
-    perm = list(range(x.type.rank))
-    perm[a], perm[b] = perm[b], perm[a]
-    return imp.emit(ops.Transpose(x, perm=tuple(perm)), node).y
-
-
-@translates("aten.t.default")
-def _t(imp: Importer, node: fx.Node) -> Value:
-    return imp.emit(ops.Transpose(imp.arg(node, 0), perm=(1, 0)), node).y
-
-
-@translates("aten.permute.default")
-def _permute(imp: Importer, node: fx.Node) -> Value:
-    x = imp.arg(node, 0)
-    perm = tuple(_dim(x, dim) for dim in imp.arg(node, 1))
-    return imp.emit(ops.Transpose(x, perm=perm), node).y
-
-
-def _slice_to(imp: Importer, node: fx.Node, x: Value, dim: int, start: int, stop: int) -> Value:
-    size = x.shape[dim]
-    if (start, stop) == (0, size):
-        return x
-    return imp.emit(ops.Slice(x, dim=dim, start=start, stop=stop), node).y
-
-
-@translates("aten.slice.Tensor")
-def _slice(imp: Importer, node: fx.Node) -> Value:
-    x, out = imp.arg(node, 0), _out(imp, node)
-    dim, start = _dim(x, imp.arg(node, 1, "dim", 0)), imp.arg(node, 2, "start") or 0
-    if imp.arg(node, 4, "step", 1) != 1:
-        raise ValueError("only slices of step 1 are supported")
-    if x.type == out:
-        return x
-    size, width = x.shape[dim], out.shape[dim]
-    if not isinstance(size, int) or not isinstance(width, int) or not isinstance(start, int):
-        raise ValueError(f"can't slice the dimension {size} of unknown size")
-    start = start + size if start < 0 else start
-    return _slice_to(imp, node, x, dim, start, start + width)
-
-
-@translates("aten.select.int")
-def _select(imp: Importer, node: fx.Node) -> Value:
-    x, out = imp.arg(node, 0), _out(imp, node)
-    dim, index = _dim(x, imp.arg(node, 1)), imp.arg(node, 2)
-    if not isinstance(x.shape[dim], int):
-        raise ValueError(f"can't select from the dimension {x.shape[dim]} of unknown size")
-    index = index % x.shape[dim]
-    return imp.reshape(_slice_to(imp, node, x, dim, index, index + 1), out.shape)
-
-
-@translates("aten.split.Tensor", "aten.split_with_sizes.default", "aten.chunk.default")
-def _split(imp: Importer, node: fx.Node) -> list[Value]:
-    x = imp.arg(node, 0)
-    dim = _dim(x, imp.arg(node, 2, "dim", 0))
-    parts: list[Value] = []
-    start = 0
-    for fake in node.meta["val"]:
-        width = imp.dim(fake.shape[dim])
-        if not isinstance(width, int):
-            raise ValueError(f"can't split the dimension {width} of unknown size")
-        parts.append(_slice_to(imp, node, x, dim, start, start + width))
-        start += width
-    return parts
-
-
-@translates("aten.unbind.int")
-def _unbind(imp: Importer, node: fx.Node) -> list[Value]:
-    x, dim = imp.arg(node, 0), _dim(imp.arg(node, 0), imp.arg(node, 1, "dim", 0))
-    parts: list[Value] = []
-    for i, fake in enumerate(node.meta["val"]):
-        parts.append(imp.reshape(_slice_to(imp, node, x, dim, i, i + 1), imp.shape(fake.shape)))
-    return parts
-
-
-@translates("aten.cat.default")
-def _cat(imp: Importer, node: fx.Node) -> Value:
-    xs = imp.arg(node, 0)
-    dtype = _out(imp, node).dtype
-    dim = _dim(xs[0], imp.arg(node, 1, "dim", 0))
-    return imp.emit(ops.Concat([imp.cast(x, dtype) for x in xs], dim=dim), node).y
-
-
-@translates("aten.stack.default")
-def _stack(imp: Importer, node: fx.Node) -> Value:
-    xs, out = imp.arg(node, 0), _out(imp, node)
-    dim = imp.arg(node, 1, "dim", 0) % out.rank
-    shape = (*xs[0].shape[:dim], 1, *xs[0].shape[dim:])
-    parts = [imp.reshape(imp.cast(x, out.dtype), shape) for x in xs]
-    return imp.emit(ops.Concat(parts, dim=dim), node).y
-
-
-@translates("aten.index_select.default")
-def _index_select(imp: Importer, node: fx.Node) -> Value:
-    x, index = imp.arg(node, 0), imp.arg(node, 2)
-    return imp.emit(ops.Gather(x, index, dim=_dim(x, imp.arg(node, 1))), node).y
 
 
 @translates("aten.embedding.default")
 def _embedding(imp: Importer, node: fx.Node) -> Value:
-    return imp.emit(ops.Embed(imp.arg(node, 1), imp.arg(node, 0)), node).y
+    ids = imp.cast(imp.arg(node, 1), DType.I64)
+    return imp.emit(ops.Embed(ids, imp.arg(node, 0)), node).y
 
 
 @translates(
+    "aten.empty.memory_format",
+    "aten.empty_like.default",
+    "aten.new_empty.default",
     "aten.zeros.default",
     "aten.zeros_like.default",
     "aten.new_zeros.default",
@@ -315,18 +268,23 @@ def _full(imp: Importer, node: fx.Node) -> Value:
         number = imp.arg(node, 2 if "new" in name else 1)
     else:
         number = 1 if "ones" in name else 0
-    return imp.fill(number, _out(imp, node))
+    return imp.fill(number, out_type(imp, node))
 
 
-@translates("aten.arange.default")
+@translates("aten.arange.default", "aten.arange.start", "aten.arange.start_step")
 def _arange(imp: Importer, node: fx.Node) -> Value:
-    out = _out(imp, node)
-    return imp.cast(imp.emit(ops.Iota(dim=out.shape[0]), node).y, out.dtype)
+    out = out_type(imp, node)
+    plain = str(node.target).endswith("default")
+    start, step = (0, 1) if plain else (imp.arg(node, 0), imp.arg(node, 2, "step", 1))
+    y = imp.cast(imp.emit(ops.Iota(dim=out.shape[0]), node).y, out.dtype)
+    if step != 1:
+        y = imp.emit(ops.Mul(y, imp.operand(step, out.dtype)), node).y
+    return y if start == 0 else imp.emit(ops.Add(y, imp.operand(start, out.dtype)), node).y
 
 
 @translates("aten.where.self", "aten.where.ScalarOther", "aten.where.ScalarSelf")
 def _where(imp: Importer, node: fx.Node) -> Value:
-    dtype = _out(imp, node).dtype
+    dtype = out_type(imp, node).dtype
     a, b = (imp.operand(imp.arg(node, i), dtype) for i in (1, 2))
     return imp.emit(ops.Where(imp.arg(node, 0), a, b), node).y
 
@@ -338,17 +296,21 @@ def _masked_fill(imp: Importer, node: fx.Node) -> Value:
     return imp.emit(ops.Where(imp.arg(node, 1), filled, x), node).y
 
 
-def _reduce(cls: Callable[..., ops.Reduce]) -> Import:
+def _reduce(cls: Callable[..., ops.Reduce], negated: bool = False) -> Import:
+    """Over the given dimensions, or all; `negated` turns the largest into the smallest."""
+
     def translate(imp: Importer, node: fx.Node) -> Value:
-        x, out = imp.arg(node, 0), _out(imp, node)
+        x, out = imp.arg(node, 0), out_type(imp, node)
         given = imp.arg(node, 1, "dim")
         dims: Sequence[int] = given if isinstance(given, list) else [given]
         if given is None or given == []:
             dims = range(x.type.rank)
         x = imp.cast(x, out.dtype)
         keep = bool(imp.arg(node, 2, "keepdim", False))
-        kept = tuple(sorted(_dim(x, dim) for dim in dims))
-        return imp.emit(cls(x, dims=kept, keep=keep), node).result
+        kept = tuple(sorted(dim_of(x, dim) for dim in dims))
+        x = _negative(imp, x) if negated else x
+        y = imp.emit(cls(x, dims=kept, keep=keep), node).result
+        return _negative(imp, y) if negated else y
 
     return translate
 
@@ -356,22 +318,61 @@ def _reduce(cls: Callable[..., ops.Reduce]) -> Import:
 for _names, _cls in {
     ("aten.sum.default", "aten.sum.dim_IntList"): ops.Sum,
     ("aten.mean.default", "aten.mean.dim"): ops.Mean,
-    ("aten.amax.default",): ops.Max,
+    ("aten.amax.default", "aten.max.default"): ops.Max,
     ("aten.any.default", "aten.any.dim", "aten.any.dims"): ops.Any,
 }.items():
     translates(*_names)(_reduce(_cls))
+translates("aten.amin.default", "aten.min.default")(_reduce(ops.Max, negated=True))
+
+
+@translates("aten.var.correction")
+def _variance(imp: Importer, node: fx.Node) -> Value:
+    x, out = imp.cast(imp.arg(node, 0), out_type(imp, node).dtype), out_type(imp, node)
+    given, correction = imp.arg(node, 1, "dim"), imp.arg(node, 2, "correction", 1)
+    dims = tuple(sorted(dim_of(x, dim) for dim in given or range(x.type.rank)))
+    count = product(x.shape[dim] for dim in dims)
+    if not isinstance(count, int):
+        raise ValueError("only a variance of a known number of elements is supported")
+    off = imp.emit(ops.Sub(x, imp.emit(ops.Mean(x, dims=dims, keep=True)).y), node).y
+    total = imp.emit(ops.Sum(imp.emit(ops.Mul(off, off), node).y, dims=dims), node).y
+    number = imp.scalar(float(max(count - float(correction), 0)), x.dtype)
+    return imp.reshape(imp.emit(ops.Div(total, number), node).y, out.shape)
+
+
+@translates("aten.linalg_vector_norm.default")
+def _vector_norm(imp: Importer, node: fx.Node) -> Value:
+    """√ of the sum of squares."""
+    x, out = imp.cast(imp.arg(node, 0), out_type(imp, node).dtype), out_type(imp, node)
+    if imp.arg(node, 1, "ord", 2) != 2:
+        raise ValueError("only the norm of order 2 is supported")
+    given = imp.arg(node, 2, "dim")
+    dims = range(x.type.rank) if given is None else given
+    squares = imp.emit(ops.Mul(x, x), node).y
+    total = imp.emit(ops.Sum(squares, dims=tuple(sorted(dim_of(x, dim) for dim in dims))), node).y
+    return imp.reshape(imp.emit(ops.Sqrt(total), node).y, out.shape)
+
+
+@translates("aten.max.dim", "aten.min.dim")
+def _extreme(imp: Importer, node: fx.Node) -> list[Value | None]:
+    """The values alone."""
+    x, (fake, _) = imp.arg(node, 0), node.meta["val"]
+    dim = dim_of(x, imp.arg(node, 1))
+    smallest = "min" in str(node.target)
+    y = imp.emit(ops.Max(_negative(imp, x) if smallest else x, dims=(dim,)), node).y
+    y = imp.reshape(_negative(imp, y) if smallest else y, imp.shape(fake.shape))
+    return [y, None]
 
 
 @translates("aten.cumsum.default")
 def _cumsum(imp: Importer, node: fx.Node) -> Value:
-    x = imp.cast(imp.arg(node, 0), _out(imp, node).dtype)
-    return imp.emit(ops.CumSum(x, dim=_dim(x, imp.arg(node, 1))), node).y
+    x = imp.cast(imp.arg(node, 0), out_type(imp, node).dtype)
+    return imp.emit(ops.CumSum(x, dim=dim_of(x, imp.arg(node, 1))), node).y
 
 
 @translates("aten.softmax.int", "aten._softmax.default")
 def _softmax(imp: Importer, node: fx.Node) -> Value:
-    x = imp.cast(imp.arg(node, 0), _out(imp, node).dtype)
-    return imp.emit(ops.Softmax(x, dim=_dim(x, imp.arg(node, 1))), node).y
+    x = imp.cast(imp.arg(node, 0), out_type(imp, node).dtype)
+    return imp.emit(ops.Softmax(x, dim=dim_of(x, imp.arg(node, 1))), node).y
 
 
 @translates("aten.linear.default")
@@ -382,7 +383,10 @@ def _linear(imp: Importer, node: fx.Node) -> Value:
 
 @translates("aten.matmul.default", "aten.bmm.default", "aten.mm.default")
 def _matmul(imp: Importer, node: fx.Node) -> Value:
-    return imp.emit(ops.MatMul(imp.arg(node, 0), imp.arg(node, 1)), node).y
+    a, b = imp.arg(node, 0), imp.arg(node, 1)
+    a = imp.reshape(a, (1, *a.shape)) if a.type.rank == 1 else a
+    b = imp.reshape(b, (*b.shape, 1)) if b.type.rank == 1 else b
+    return imp.reshape(imp.emit(ops.MatMul(a, b), node).y, out_type(imp, node).shape)
 
 
 @translates("aten.rms_norm.default")
@@ -411,8 +415,10 @@ def _attention(imp: Importer, node: fx.Node) -> Value:
     q, k, v = (imp.arg(node, i) for i in range(3))
     mask, causal = imp.arg(node, 3, "attn_mask"), bool(imp.arg(node, 5, "is_causal", False))
     scale = node.kwargs.get("scale") or 1 / math.sqrt(float(str(q.shape[-1])))
-    if node.kwargs.get("enable_gqa") or imp.arg(node, 4, "dropout_p", 0.0):
-        raise ValueError("grouped heads and dropout are not supported here: use protocol.attend")
+    if imp.arg(node, 4, "dropout_p", 0.0):
+        raise ValueError("dropout_p is random: give 0.0 in evaluation")
+    if node.kwargs.get("enable_gqa"):
+        k, v = (_shared_heads(imp, x, q.shape[-3]) for x in (k, v))
     swap = (*range(q.type.rank - 2), q.type.rank - 1, q.type.rank - 2)
     scores = imp.emit(ops.MatMul(q, imp.emit(ops.Transpose(k, perm=swap)).y), node).y
     scores = imp.emit(ops.Mul(scores, imp.scalar(float(str(scale)), q.dtype)), node).y
@@ -427,3 +433,13 @@ def _attention(imp: Importer, node: fx.Node) -> Value:
         scores = imp.emit(ops.Add(scores, mask), node).y
     share = imp.emit(ops.Softmax(scores, dim=q.type.rank - 1), node).y
     return imp.emit(ops.MatMul(share, v), node).y
+
+
+def _shared_heads(imp: Importer, x: Value, heads: Dim) -> Value:
+    """Keys or values [..., KV, S, hd] for `heads` query heads."""
+    *lead, count, slots, width = x.shape
+    if not isinstance(heads, int) or not isinstance(count, int):
+        raise ValueError("the number of heads must be known")
+    apart = imp.reshape(x, (*lead, count, 1, slots, width))
+    shape = (*lead, count, heads // count, slots, width)
+    return imp.reshape(imp.emit(ops.Broadcast(apart, shape=shape)).y, (*lead, heads, slots, width))

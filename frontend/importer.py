@@ -6,26 +6,28 @@ dimensions' names, follows `torch.cond` into its arms and finds the user's sourc
 
 from __future__ import annotations
 
-import re
-import traceback
+import math
+import operator
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
-from pathlib import Path
 from typing import Any, TypeVar
 
 import sympy
 import torch
-from torch import fx, nn
-from torch.fx.traceback import annotate_fn, preserve_node_meta
+from torch import fx
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils.weak import WeakIdKeyDictionary
 
 from liquidc.errors import UnsupportedError
-from liquidc.ir import Block, Dim, DType, Location, Module, Op, TensorType, Value, ops
+from liquidc.frontend.functional import ASSERTIONS, WROTE, results, user_inputs
+from liquidc.frontend.source_lines import place, source_line
+from liquidc.frontend.trace_errors import DATA
+from liquidc.ir import Block, Dim, DType, Module, Op, TensorType, Value, ops
 from liquidc.ir.types import product
 
-DTYPES = {
+STORED = {
     torch.float64: DType.F64,
     torch.float32: DType.F32,
     torch.float16: DType.F16,
@@ -36,14 +38,22 @@ DTYPES = {
     torch.uint8: DType.U8,
     torch.bool: DType.BOOL,
 }
+"""Element types of tensors as they are stored."""
+
+DTYPES = STORED | dict.fromkeys((torch.float64, torch.float16, torch.bfloat16), DType.F32)
+"""Element types of tensors as an engine computes with them: every float is float32."""
+
+NARROW = {torch.float16: DType.F16, torch.bfloat16: DType.BF16}
+"""Floats whose rounding is kept: each result is rounded to them, as PyTorch does."""
+
+_MOVES = (ops.Reshape, ops.Transpose, ops.Slice, ops.Concat, ops.Gather, ops.Embed)
+"""Ops that round nothing."""
+
+_LARGEST = float(torch.finfo(torch.float32).max)
 
 AnyOp = TypeVar("AnyOp", bound=Op)
-R = TypeVar("R")
 Import = Callable[["Importer", fx.Node], Any]
 """Translates one node: the node's value, or a list of values for an operator with several."""
-
-_ASSERTIONS = ("aten._assert_scalar.default", "aten._assert_tensor_metadata.default")
-"""Checks that the tracer adds for sizes and dtypes, which the verifier makes again."""
 
 _SIZES = WeakIdKeyDictionary()
 """Shapes of traced tensors, which take long to read and are read again for every layer alike."""
@@ -51,17 +61,19 @@ _SIZES = WeakIdKeyDictionary()
 _PICKS = ("<built-in function getitem>",)
 """Operators whose traced shape may name sizes anew (results of `torch.cond`)."""
 
-_FRAME = re.compile(r'File "(?P<file>[^"]+)", line (?P<line>\d+), in \S+\n\s*(?P<code>[^\n]*)')
-_PACKAGE = Path(__file__).resolve().parent.parent
-_PLUMBING = (
-    "importer.py",
-    "parts.py",
-    "protocol.py",
-    "semantic_import.py",
-    "semantic_ops.py",
-    "trace.py",
-)
-"""Files of the frontend whose lines are never the user's."""
+
+_ARITHMETIC: dict[Any, tuple[DType | None, Callable[..., Op]]] = {
+    operator.add: (None, ops.Add),
+    operator.sub: (None, ops.Sub),
+    operator.mul: (None, ops.Mul),
+    operator.neg: (DType.F32, ops.Neg),
+    operator.truediv: (DType.F32, ops.Div),
+    torch.sym_float: (DType.F32, lambda x: ops.Cast(x, to=DType.F32)),
+    torch.sym_min: (None, ops.Minimum),
+    torch.sym_max: (None, ops.Maximum),
+    torch._sym_sqrt: (DType.F32, ops.Sqrt),  # pyright: ignore
+}
+"""Operators on numbers made from sizes; the element type of operands if it is not the result's."""
 
 
 @dataclass
@@ -132,6 +144,45 @@ class Importer:
                 return [self.env.get(arg) for arg in node.args[0]]
         raise UnsupportedError("the traced graph returns nothing")
 
+    def run_program(
+        self,
+        program: torch.export.ExportedProgram,
+        inputs: Sequence[Any],
+        weight: Callable[[str], Value] | None = None,
+    ) -> list[Any]:
+        """Translate an exported program; returns what its function returned, in order.
+
+        Args:
+            program: what was exported.
+            inputs: the values of its input tensors, in order.
+            weight: gives the value of a parameter or buffer by its name in the program.
+
+        Raises:
+            UnsupportedError: as `run`; or it uses a large tensor that has no name.
+        """
+        signature = program.graph_signature
+        names = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
+        constants = signature.inputs_to_lifted_tensor_constants
+        given = dict(zip((node.name for node in user_inputs(program)), inputs, strict=True))
+        values: list[Value | None] = []
+        for node in program.graph.nodes:
+            if node.op != "placeholder":
+                continue
+            if node.name in names and weight is not None:
+                values.append(weight(names[node.name]) if node.users else None)
+            elif node.name in constants and node.users:
+                tensor = program.constants[constants[node.name]]
+                values.append(self._constant_of(node, tensor))
+            else:
+                values.append(given.get(node.name))
+        return self.run(program.graph_module, values)[-len(results(program)) :]
+
+    def _constant_of(self, node: fx.Node, tensor: Any) -> Value:
+        try:
+            return self.constant_tensor(tensor)
+        except ValueError as error:
+            raise self.unsupported(next(iter(node.users)), str(error)) from None
+
     def _attribute(self, module: fx.GraphModule, name: str) -> Any:
         thing = getattr(module, name)
         if isinstance(thing, torch.Tensor):
@@ -139,26 +190,63 @@ class Importer:
         return thing
 
     def _call(self, node: fx.Node) -> Any:
-        from liquidc.frontend.aten import TABLE
-        from liquidc.frontend.semantic_import import SEMANTIC
+        from liquidc.frontend.operators import OPERATORS
 
         fake, name = node.meta.get("val"), str(node.target)
-        if isinstance(fake, bool | torch.SymBool) or name in _ASSERTIONS:
+        if isinstance(fake, bool | torch.SymBool) or name in ASSERTIONS:
             return None
-        if isinstance(fake, int | torch.SymInt):
-            return self.dim(fake)
-        translate = TABLE.get(name) or SEMANTIC.get(name)
-        if translate is None:
-            raise self.unsupported(node, f"the operator {name} has no translation")
+        translate = OPERATORS.get(name)
         try:
+            if isinstance(fake, int | float | torch.SymInt | torch.SymFloat):
+                return self._number(node, fake)
+            if translate is None:
+                called = node.meta.get(WROTE, name)
+                raise self.unsupported(node, f"the operator {called} has no translation")
             result = translate(self, node)
+            if isinstance(result, Value) and isinstance(fake, torch.Tensor) and name not in _PICKS:
+                expected = self.type_of(fake)
+                if result.type != expected:
+                    raise ValueError(f"it became {result.type}, not {expected}")
+                if result.op is not None:
+                    result.op.verify()
+                result = self._rounded(node, result, fake.dtype)
         except ValueError as error:
             raise self.unsupported(node, f"{name}: {error}") from None
-        if isinstance(result, Value) and isinstance(fake, torch.Tensor) and name not in _PICKS:
-            expected = self.type_of(fake)
-            if result.type != expected:
-                raise self.unsupported(node, f"{name} became {result.type}, not {expected}")
+        except (TypeError, LookupError, AttributeError) as error:  # arguments of an unknown form
+            raise self.unsupported(node, f"{name} has no translation as it is called") from error
         return result
+
+    def _rounded(self, node: fx.Node, value: Value, dtype: torch.dtype) -> Value:
+        """A node's result rounded to the 16-bit float that it has in PyTorch."""
+        if dtype not in NARROW:
+            return value
+        given = [(self.env.get(n), n.meta.get("val")) for n in node.all_input_nodes]
+        read = {t.dtype for _, t in given if isinstance(t, torch.Tensor) and t.is_floating_point()}
+        moved = isinstance(value.op, _MOVES) or any(v is value for v, _ in given)
+        if moved and read == {dtype}:
+            return value
+        return self.cast(self.emit(ops.Cast(value, to=NARROW[dtype]), node).y, DType.F32)
+
+    def _number(self, node: fx.Node, fake: Any) -> Dim | float | Value:
+        """A number that Python computed from sizes: a dimension, or else a scalar.
+
+        Raises:
+            ValueError: the operator is not known for sizes.
+        """
+        if isinstance(fake, int | float):
+            return fake
+        if isinstance(fake, torch.SymInt):
+            factors = _factors(fake.node.expr)
+            if all(isinstance(factor, int) or factor in self.dims for factor in factors):
+                return self.dim(fake)
+        dtype = DType.I64 if isinstance(fake, torch.SymInt) else DType.F32
+        if str(node.target).partition(".default")[0] in ("aten.item", "aten._local_scalar_dense"):
+            raise ValueError(DATA)
+        if node.target not in _ARITHMETIC:
+            raise ValueError("numbers made from sizes are added, multiplied and divided alone")
+        inner, build = _ARITHMETIC[node.target]
+        operands = [self.operand(self.resolve(arg), inner or dtype) for arg in node.args]
+        return self.cast(self.emit(build(*operands), node).results[0], dtype)
 
     # What translations use
 
@@ -193,10 +281,10 @@ class Importer:
         """The IR type of a traced tensor.
 
         Raises:
-            UnsupportedError: dtype or a dimension has no name in the IR.
+            ValueError: dtype or a dimension has no name in the IR.
         """
         if fake.dtype not in DTYPES:
-            raise UnsupportedError(f"tensors of {fake.dtype} are not supported")
+            raise ValueError(f"tensors of {fake.dtype} are not supported")
         sizes = _SIZES.get(fake)
         if sizes is None:
             sizes = _SIZES[fake] = tuple(fake.shape)
@@ -213,12 +301,15 @@ class Importer:
         expr = size.node.expr if isinstance(size, torch.SymInt) else sympy.sympify(size)
         factors = _factors(expr)
         if any(isinstance(factor, str) and factor not in self.dims for factor in factors):
-            raise UnsupportedError(f"the size {expr} is no product of the inputs' dimensions")
+            text = " ".join(str(self.dims.get(part, part)) for part in str(expr).split())
+            raise ValueError(f"the size {text} is no product of the inputs' dimensions")
         named = [self.dims[f] if isinstance(f, str) else f for f in factors]
         return named[0] if len(named) == 1 else product(named)
 
     def scalar(self, value: float | bool, dtype: DType) -> Value:
         """A constant without dimensions."""
+        if dtype.is_float and math.isfinite(value):  # of a wider float, such as finfo.min
+            value = min(max(value, -_LARGEST), _LARGEST)
         number = (
             float(value) if dtype.is_float else bool(value) if dtype == DType.BOOL else int(value)
         )
@@ -228,15 +319,18 @@ class Importer:
         """A small tensor that the model made itself.
 
         Raises:
-            UnsupportedError: it is large, or was made on the meta device and has no elements.
+            ValueError: it is large, of a dtype without a name, or has no elements.
         """
-        if tensor.device.type == "meta":
-            raise UnsupportedError(
-                "the model keeps a tensor that is neither a parameter nor a buffer; register it"
+        if tensor.device.type == "meta" or isinstance(tensor, FakeTensor):
+            raise ValueError(
+                "the model keeps a tensor that is neither a parameter nor a buffer: register it"
             )
         if tensor.numel() > 4096:
-            raise UnsupportedError(f"a constant of {tensor.numel()} elements must be a buffer")
-        type = TensorType(DTYPES[tensor.dtype], tuple(tensor.shape))
+            raise ValueError(
+                f"the model uses a tensor of shape {list(tensor.shape)} that is neither a "
+                "parameter nor a buffer: register it"
+            )
+        type = self.type_of(tensor)
         return self.emit(
             ops.Constant(value=tuple(tensor.flatten().tolist()), result_types=[type])
         ).y
@@ -246,7 +340,9 @@ class Importer:
         return value if value.dtype == dtype else self.emit(ops.Cast(value, to=dtype)).y
 
     def operand(self, given: Any, dtype: DType) -> Value:
-        """A tensor or Python number as a value of the element type."""
+        """A tensor, a Python number or a dimension's name as a value of the element type."""
+        if isinstance(given, str):
+            given = self.emit(ops.Size(dim=given)).y
         return self.cast(given, dtype) if isinstance(given, Value) else self.scalar(given, dtype)
 
     def reshape(self, value: Value, shape: Sequence[Dim]) -> Value:
@@ -275,8 +371,8 @@ class Importer:
 
     def unsupported(self, node: fx.Node, message: str) -> UnsupportedError:
         """The error for `node`, with the user's line."""
-        found = source_line(node.meta.get("stack_trace"))
-        where = f" at {found[0]}: `{found[1]}`" if found else ""
+        where = place(node.meta.get("stack_trace"))
+        where = f" at {where}" if where else ""
         return UnsupportedError(f"{message}{where} (docs/ops.md lists what can be compiled)")
 
 
@@ -288,63 +384,8 @@ def count_conditionals(graph: fx.GraphModule) -> int:
     )
 
 
-def export(part: nn.Module, args: tuple[Any, ...], shapes: Any) -> torch.export.ExportedProgram:
-    """The graph of `part`, which keeps the semantic operators whole.
-
-    Args:
-        part: what is traced.
-        args: example arguments.
-        shapes: `dynamic_shapes` of `torch.export.export`.
-
-    Raises:
-        UnsupportedError: the model can't be traced, or is wrong.
-    """
-    try:
-        # Without preserve_node_meta nodes in the arms of torch.cond lose their source lines.
-        with torch.no_grad(), preserve_node_meta():
-            return torch.export.export(part, args, dynamic_shapes=shapes, strict=False)
-    except Exception as error:
-        told = str(error)
-        found = source_line("".join(traceback.format_tb(error.__traceback__)) + told)
-        where = f" {found[0]}: `{found[1]}`" if found else ""
-        lines = [line for line in told.splitlines() if line.strip() and not line.endswith(":")]
-        reason = lines[0].strip() if lines else type(error).__name__
-        raise UnsupportedError(
-            f"torch.export can't trace{where}: {reason} (docs/protocol.md)"
-        ) from error
-
-
-def traced(function: Callable[..., R]) -> Callable[..., R]:
-    """`function`, traced with its lines; `torch.export` keeps those of `forward` alone."""
-    return annotate_fn({})(function)
-
-
 @lru_cache(maxsize=4096)
 def _factors(expr: Any) -> tuple[Dim, ...]:
     """The numbers and names of symbols whose product a size is."""
     factors = expr.args if expr.is_Mul else (expr,)
     return tuple(int(f) if f.is_Integer else str(f) for f in factors)
-
-
-@lru_cache(maxsize=4096)  # the ops of a layer are imported again for every layer that is alike
-def source_line(stack: str | None) -> tuple[Location, str] | None:
-    """The innermost line of the model in a formatted stack, and its code."""
-    frames = list(_FRAME.finditer(stack or ""))
-    for frame in reversed(frames):
-        path = Path(frame["file"])
-        if (
-            frame["file"].startswith("<")
-            or "torch" in path.parts
-            or (path.name in _PLUMBING and path.parent.name == "frontend")
-        ):
-            continue
-        return Location(stable_path(path), int(frame["line"])), frame["code"].strip()
-    return None
-
-
-def stable_path(path: Path) -> str:
-    """`path` without what differs between machines: from the package, else the file's name."""
-    resolved = path.resolve()
-    if resolved.is_relative_to(_PACKAGE):
-        return resolved.relative_to(_PACKAGE).as_posix()
-    return path.name

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Hashable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
-from liquidc.frontend.importer import DTYPES, Importer, Part, count_conditionals, export, traced
+from liquidc.errors import UnsupportedError
+from liquidc.frontend.exporting import Traced, export, traced
+from liquidc.frontend.functional import user_inputs
+from liquidc.frontend.importer import DTYPES, STORED, Importer, Part, count_conditionals
+from liquidc.frontend.prepare import StateCheck, named_tensors, prepared
 from liquidc.frontend.protocol import LayerCache, Step
-from liquidc.ir import Dim, Function, Module, TensorType, Value
+from liquidc.frontend.sizes import SizeLimits
+from liquidc.ir import Dim, Function, Module, TensorType, Value, verify
 from liquidc.ir.weights import Stored, WeightExpr
 from liquidc.ir.weights import cast as cast_weight
 
@@ -20,13 +24,17 @@ B, T, S, P = "B", "T", "S", "P"
 SIZES = {B: 3, T: 5, S: 7, P: 2}
 """Names of the dimensions known at run time, and the sizes with which they are traced."""
 
+MAX_GATES = 8
+"""Gates that one layer may have."""
+
 
 @dataclass
 class Graph:
-    """A traced part: its graph, the names of its parameters, and the names of its symbols."""
+    """A traced part: its graph, the names of its symbols, and the largest sizes by those names."""
 
     program: torch.export.ExportedProgram
     dims: dict[str, str]
+    limits: dict[str, int] = field(default_factory=dict[str, int])
 
     @property
     def conditionals(self) -> int:
@@ -40,37 +48,56 @@ class PartTracer:
     def __init__(
         self, model: nn.Module, weights: Mapping[str, WeightExpr] | None, name: str
     ) -> None:
-        self.model = model
+        self.model = prepared(model)
         self.module = Module(name)
-        tensors = dict(model.named_parameters(remove_duplicate=False))
-        tensors |= dict(model.named_buffers(remove_duplicate=False))
-        self.tensors = tensors
+        self.tensors = named_tensors(model)
         self.weights = weights
+        device = {t.device for t in self.tensors.values()} or {torch.device("cpu")}
+        self.device = device.pop() if len(device) == 1 else torch.device("cpu")
+        self.limits: dict[str, int] = {}
 
     def export(
-        self, part: nn.Module, args: Sequence[tuple[Sequence[Dim], torch.dtype] | None]
+        self, part: Traced, args: Sequence[tuple[Sequence[Dim], torch.dtype] | None]
     ) -> Graph:
-        """Trace `part` on meta tensors of the given shapes; names stand for symbols."""
-        named = {dim: torch.export.Dim(dim) for dim in SIZES}
-        tensors: list[Tensor | None] = []
-        dynamic: list[dict[int, Any] | None] = []
-        for spec in args:
-            if spec is None:
-                tensors.append(None)
-                dynamic.append(None)
-                continue
-            shape, dtype = spec
-            known = [SIZES[dim] if isinstance(dim, str) else dim for dim in shape]
-            tensors.append(torch.empty(known, dtype=dtype, device="meta"))
-            dynamic.append({i: named[dim] for i, dim in enumerate(shape) if isinstance(dim, str)})
-        program = export(part, (tuple(tensors),), (tuple(dynamic),))
-        dims: dict[str, str] = {}
+        """Trace `part` on tensors of the given shapes, where names stand for any size.
+
+        Raises:
+            UnsupportedError: the model can't be traced.
+        """
         specs = [spec for spec in args if spec is not None]
+        tensors = tuple(None if spec is None else self._example(*spec) for spec in args)
+        try:
+            program = export(part, (tensors,), (self._dynamic(args),))
+        except SizeLimits as limited:
+            if set(limited.most) != {T}:
+                raise
+            part.limits = limited.most
+            program = export(part, (tensors,), (self._dynamic(args, limited.traced),))
+        _refuse_changed_inputs(program, part)
+        dims: dict[str, str] = {}
         for node, spec in zip(user_inputs(program), specs, strict=True):
             for size, dim in zip(node.meta["val"].shape, spec[0], strict=True):
                 if isinstance(dim, str):
                     dims[str(size)] = dim
-        return Graph(program, dims)
+        return Graph(program, dims, part.limits)
+
+    def _example(self, shape: Sequence[Dim], dtype: torch.dtype) -> Tensor:
+        known = [SIZES[dim] if isinstance(dim, str) else dim for dim in shape]
+        return torch.zeros(known, dtype=dtype, device=self.device)
+
+    def _dynamic(
+        self,
+        args: Sequence[tuple[Sequence[Dim], torch.dtype] | None],
+        most: Mapping[str, int] | None = None,
+    ) -> tuple[dict[int, Any] | None, ...]:
+        """`dynamic_shapes` of `torch.export`: names stand for symbols, up to a size."""
+        named = {dim: torch.export.Dim(dim, max=(most or {}).get(dim)) for dim in SIZES}
+        return tuple(
+            None
+            if spec is None
+            else {i: named[dim] for i, dim in enumerate(spec[0]) if isinstance(dim, str)}
+            for spec in args
+        )
 
     def inline(
         self,
@@ -83,49 +110,79 @@ class PartTracer:
     ) -> list[Value]:
         """Add the graph's ops to `function`, with its parameters under `prefix`."""
         dims = {symbol: bind.get(name, name) for symbol, name in graph.dims.items()}
+        for dim, most in graph.limits.items():
+            self.limits[dim] = min(most, self.limits.get(dim, most))
         part.conditionals = graph.conditionals
         importer = Importer(self.module, function.body, dims, part)
-        signature = graph.program.graph_signature
-        names = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
-        given = iter(inputs)
-        values: list[Value | None] = []
-        for node in graph.program.graph.nodes:
-            if node.op != "placeholder":
-                continue
-            if node.name in names:
-                path = prefix + names[node.name].removeprefix("part.")
-                values.append(self.weight(importer, path) if node.users else None)
-            elif node.name in signature.inputs_to_lifted_tensor_constants:
-                constant = signature.inputs_to_lifted_tensor_constants[node.name]
-                tensor = cast(torch.Tensor, graph.program.constants[constant])
-                values.append(importer.constant_tensor(tensor))
-            else:
-                values.append(next(given) if node.meta.get("val") is not None else None)
-        return importer.run(graph.program.graph_module, values)
+
+        def weight(name: str) -> Value:
+            return self.weight(importer, prefix + name.removeprefix("part."))
+
+        return importer.run_program(graph.program, inputs, weight)
 
     def weight(self, importer: Importer, name: str) -> Value:
-        """A parameter or buffer as a weight, in the model's dtype."""
+        """A parameter or buffer as a weight; floats become float32."""
         if name not in self.module.weights:
             tensor = self.tensors[name]
-            dtype = DTYPES[tensor.dtype]
+            if tensor.dtype not in STORED:
+                raise UnsupportedError(f"{name}: tensors of {tensor.dtype} are not supported")
             if self.weights is None:
-                expr: WeightExpr = Stored(name, TensorType(dtype, tuple(tensor.shape)))
+                type = TensorType(STORED[tensor.dtype], tuple(tensor.shape))
+                expr: WeightExpr = Stored(name, type)
             else:
                 expr = self.weights[name]
-            self.module.weights[name] = cast_weight(expr, dtype)
+            self.module.weights[name] = cast_weight(expr, DTYPES[tensor.dtype])
         return importer.weight(name)
 
+    def check_result(self, value: Value, method: str, what: str, lead: tuple[Dim, ...]) -> None:
+        """Refuse a result that is no float [*lead, D] with a known D.
 
-class Call(nn.Module):
-    """A method of a module as a function of a tuple of tensors."""
+        Raises:
+            UnsupportedError: it is something else.
+        """
+        *leading, width = value.shape or ("",)
+        if not value.dtype.is_float or tuple(leading) != lead or not isinstance(width, int):
+            dims = ", ".join(map(str, lead))
+            raise UnsupportedError(
+                f"{type(self.model).__name__}.{method} gives {value.type}; liquidc needs the "
+                f"{what} of every token, f32[{dims}, {'V' if what == 'logits' else 'D'}]"
+            )
 
-    def __init__(self, part: Any, method: str = "__call__") -> None:
+    def finish(self) -> Module:
+        """The module, checked, with the number of tokens that it serves if that has a limit.
+
+        Raises:
+            IRError: it is not valid.
+        """
+        if T in self.limits:
+            self.module.attributes["max_positions"] = self.limits[T]
+        verify(self.module)
+        return self.module
+
+
+class Call(Traced):
+    """A method of a module as a function of a tuple of tensors.
+
+    Args:
+        part: the module.
+        method: its name.
+        wanted: what the tensor among its results is called, "logits" or "states".
+    """
+
+    def __init__(self, part: Any, method: str = "__call__", wanted: str = "logits") -> None:
         super().__init__()
-        self.part, self.method = part, method
+        self.part, self.method, self.wanted = part, method, wanted
 
-    def forward(self, args: tuple[Any, ...]) -> Any:
+    def call(self, *args: Any) -> Any:
         """The result, in a tuple."""
-        return (traced(getattr(self.part, self.method))(*args),)
+        state = StateCheck(self.part)
+        result = traced(getattr(self.part, self.method))(*args)
+        state.refuse_changes()
+        return (one_tensor(result, self.wanted, f"{type(self.part).__name__}.{self._name}"),)
+
+    @property
+    def _name(self) -> str:
+        return "forward" if self.method == "__call__" else self.method
 
 
 @dataclass
@@ -136,7 +193,7 @@ class Notes:
     records: tuple[bool, bool] = (False, False)
 
 
-class LayerCall(nn.Module):
+class LayerCall(Traced):
     """A layer as a function of tensors; notes how many gates it has and what it records."""
 
     def __init__(self, part: nn.Module) -> None:
@@ -145,12 +202,16 @@ class LayerCall(nn.Module):
         # An object, since torch.export takes back what forward assigns to attributes.
         self.noted = Notes()
 
-    def forward(self, args: tuple[Any, ...]) -> tuple[Tensor, ...]:
+    def call(self, *args: Any) -> tuple[Tensor, ...]:
         """State, cache, executed layers, then gates, experts, keys and values as recorded."""
         x, positions, valid, force, bias, min_depth, executed, key, value, length, *below = args
         step = Step(positions, valid, force, bias, min_depth, executed, remaining=1)
         step.below = None if below[0] is None else (below[0], below[1])
-        y, cache = self.part(x, step, LayerCache(key, value, length))
+        before = LayerCache(key, value, length)
+        state = StateCheck(self.part)
+        result = self.part(x, step, before)
+        state.refuse_changes()
+        y, cache = _layer_result(result, x, before, type(self.part).__name__)
         records: list[Tensor] = [t for gate in step.gates for t in gate]
         self.noted.gates = len(step.gates)
         self.noted.records = (step.experts is not None, step.kv is not None)
@@ -159,98 +220,90 @@ class LayerCall(nn.Module):
         return (y, *cache, step.executed_after(), *records)
 
 
-MAX_GATES = 8
-"""Gates that one layer may have."""
+def _layer_result(
+    result: Any, x: Tensor, before: LayerCache, name: str
+) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """The state and the cache that a layer returned.
 
-
-class Identity:
-    """An object as a key: equal to itself alone, and kept alive so that its id stays its own."""
-
-    __slots__ = ("value",)
-
-    def __init__(self, value: object) -> None:
-        self.value = value
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, Identity) and self.value is other.value
-
-    def __hash__(self) -> int:
-        return id(self.value)
-
-
-_OF_EVERY_MODULE = frozenset(vars(nn.Module()))
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks")
-
-
-def fingerprint(module: nn.Module) -> Hashable:
-    """What a module's trace depends on: classes, attributes, shapes, ties; not its weights.
-
-    Two modules with equal fingerprints are traced once. An attribute that is neither plain data nor
-    a tensor of the module is compared by identity.
+    Raises:
+        UnsupportedError: it returned something else.
     """
-    first: dict[int, int] = {}
-    named = (module.named_parameters, module.named_buffers)
-    tensors = [t for tensors in named for _, t in tensors(remove_duplicate=False)]
-    ties = tuple(first.setdefault(id(t), i) for i, t in enumerate(tensors))
-    return (_of_module(module), ties)
+    pair = cast("Sequence[Any]", result) if isinstance(result, tuple | list) else ()
+    if len(pair) != 2 or not isinstance(pair[1], tuple | list) or len(pair[1]) != 3:
+        raise UnsupportedError(
+            f"{name}.forward returns {_kind(result)} instead of (x, cache), with a LayerCache"
+        )
+    y = one_tensor(pair[0], "states", f"{name}.forward")
+    after = tuple(one_tensor(t, "tensors", f"{name}.forward") for t in pair[1])
+    names = ("x", "key", "value", "length")
+    for what, new, old in zip(names, (y, *after), (x, *before), strict=True):
+        if new.shape != old.shape or DTYPES.get(new.dtype) != DTYPES.get(old.dtype):
+            raise UnsupportedError(
+                f"{name}.forward takes {what} as {_kind(old)} and returns {_kind(new)}"
+            )
+    return y, after
 
 
-def _of_module(module: nn.Module) -> Hashable:
-    own = {k: v for k, v in vars(module).items() if k not in _OF_EVERY_MODULE}
-    own |= {k: tuple(vars(module)[k].values()) for k in _HOOKS}
-    plain = tuple((k, _plain(own[k])) for k in sorted(own))
-    tensors = [
-        (name, tuple(t.shape), t.dtype)
-        for named in (module.named_parameters, module.named_buffers)
-        for name, t in named(recurse=False)
-    ]
-    absent = tuple(name for name, t in module._parameters.items() if t is None)  # pyright: ignore
-    children = tuple((name, _of_module(child)) for name, child in module.named_children())
-    return (type(module), plain, tuple(tensors), absent, children)
+def one_tensor(result: Any, wanted: str, where: str) -> Tensor:
+    """The tensor that a function returns: alone, by name, as the only one, or first in a tuple.
+
+    Args:
+        result: a tensor, tuple, dict or dataclass.
+        wanted: the name to look for.
+        where: what returned it, for the message.
+
+    Raises:
+        UnsupportedError: there is no such tensor.
+    """
+    named = _fields(result)
+    if isinstance(named.get(wanted), Tensor):
+        return named[wanted]
+    tensors = {name: value for name, value in named.items() if isinstance(value, Tensor)}
+    if len(tensors) == 1:
+        return next(iter(tensors.values()))
+    if isinstance(result, tuple | list) and result:
+        return one_tensor(result[0], wanted, where)
+    raise UnsupportedError(f"{where} returns {_kind(result)}; liquidc needs a tensor, the {wanted}")
 
 
-def _plain(value: Any) -> Hashable:
-    """A key that is equal for equal plain data; for anything else, the object itself."""
-    if value is None or isinstance(value, bool | int | float | str | torch.dtype):
-        return (type(value).__name__, repr(value))
-    if isinstance(value, list | tuple):
-        items = cast("Sequence[Any]", value)
-        return (type(items).__name__, *(_plain(item) for item in items))
-    if isinstance(value, dict):
-        items = cast("dict[Any, Any]", value).items()
-        return ("dict", *((_plain(k), _plain(v)) for k, v in items))
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        fields = dataclasses.fields(value)
-        return (type(value), *((f.name, _plain(getattr(value, f.name))) for f in fields))
-    return Identity(value)
+def _fields(result: Any) -> dict[str, Any]:
+    """The parts of a result by name; those of a tuple are numbered."""
+    if isinstance(result, Tensor):
+        return {"": result}
+    if isinstance(result, Mapping):
+        return dict(cast("Mapping[str, Any]", result))
+    if is_dataclass(result) and not isinstance(result, type):
+        return {f.name: getattr(result, f.name) for f in fields(result)}
+    if isinstance(result, tuple | list):
+        parts = cast("Sequence[Any]", result)
+        names = getattr(result, "_fields", [str(i) for i in range(len(parts))])
+        return dict(zip(names, parts, strict=True))
+    return {}
 
 
-def to_meta(part: nn.Module) -> nn.Module:
-    """The module with its tensors on the meta device; the model itself stays as it is."""
-    if all(t.device.type == "meta" for t in part.parameters()):
-        return part
-    import copy
-
-    memo = {
-        id(t): nn.Parameter(torch.empty_like(t, device="meta"), requires_grad=False)
-        for t in part.parameters()
-    }
-    return copy.deepcopy(part, cast("dict[int, Any]", memo)).to("meta")
-
-
-def user_inputs(program: torch.export.ExportedProgram) -> list[Any]:
-    """The placeholders of tensors that the caller gives."""
-    names = set(program.graph_signature.user_inputs)
-    return [
-        node
-        for node in program.graph.nodes
-        if node.op == "placeholder"
-        and node.name in names
-        and isinstance(node.meta.get("val"), Tensor)
-    ]
+def _kind(result: Any) -> str:
+    """A result for a message: `float32[…, …, 48]`, `a dict of logits, loss`."""
+    if isinstance(result, Tensor):
+        sizes = ", ".join(str(n) if type(n) is int else "…" for n in result.shape)
+        return f"{str(result.dtype).removeprefix('torch.')}[{sizes}]"
+    if result is None:
+        return "nothing"
+    parts = _fields(result)
+    named = isinstance(result, Mapping) or hasattr(result, "_fields") or is_dataclass(result)
+    of = ", ".join(parts) if named else len(parts)
+    return f"a {type(result).__name__}{f' of {of}' if parts else ''}"
 
 
-def outputs(program: torch.export.ExportedProgram) -> list[Tensor]:
-    """The traced tensors that a part returns."""
-    (output,) = [node for node in program.graph.nodes if node.op == "output"]
-    return [node.meta["val"] for node in output.args[0]]
+def _refuse_changed_inputs(program: torch.export.ExportedProgram, part: Traced) -> None:
+    """Refuse a part that changes in place what other parts are given too."""
+    names = list(program.graph_signature.user_inputs)
+    for spec in program.graph_signature.output_specs:
+        if spec.kind.name == "USER_INPUT_MUTATION" and names.index(spec.target) not in CHANGEABLE:
+            raise UnsupportedError(
+                f"{type(part.part).__name__} changes an argument in place that other layers read: "
+                "clone it first"
+            )
+
+
+CHANGEABLE = (0, 7, 8, 9)
+"""Arguments that a part alone is given: ids or states, and of a layer its cache."""

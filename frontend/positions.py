@@ -7,7 +7,7 @@ position, such as learned positions, does.
 from __future__ import annotations
 
 from liquidc.errors import ConfigError
-from liquidc.ir import DType, Function, Module, Op, Value, ops
+from liquidc.ir import Dim, DType, Function, Module, Op, Value, ops
 from liquidc.ir.weights import sizes
 
 FAR = 2**40
@@ -35,8 +35,14 @@ def context_of(module: Module, named: int | None) -> int | None:
 
 def _reads(op: Op, module: Module) -> bool:
     """Whether an op reads a table by position."""
-    function = module.functions["prefill"]
-    return isinstance(op, ops.Embed | ops.Gather) and _counts(_index(op), function)
+    if not isinstance(op, ops.Embed | ops.Gather) or not isinstance(_rows(op), int):
+        return False
+    return _counts(_index(op), module.functions["prefill"])
+
+
+def _rows(op: Op) -> Dim:
+    """The size of the dimension that is read."""
+    return op.table.shape[0] if isinstance(op, ops.Embed) else op.operands[0].shape[_dim(op)]
 
 
 def _index(op: Op) -> Value:
@@ -45,8 +51,7 @@ def _index(op: Op) -> Value:
 
 def _limit(op: Op, named: int | None) -> int:
     """The positions that a table has rows for."""
-    table, dim = (op.table, 0) if isinstance(op, ops.Embed) else (op.operands[0], _dim(op))
-    (rows,) = sizes(table.shape[dim : dim + 1])
+    (rows,) = sizes([_rows(op)])
     first, last = _row(_index(op), 0), _row(_index(op), FAR)
     told = f"{op.loc}: " if op.loc else ""
     if first is None or last is None:

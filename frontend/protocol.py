@@ -72,7 +72,12 @@ class Step:
         """Decide which tokens run: (mask bool[B, T], p f32[B, T]) from score f32[B, T].
 
         See `semantic_ops.depth_gate`. p = sigmoid(score) never contains the bias.
+
+        Raises:
+            InputError: the layer has more gates than `force` has entries.
         """
+        if len(self.gates) == self.force.shape[0]:
+            raise InputError(f"a layer may have {len(self.gates)} depth gates, not more")
         gate = _op("depth_gate")
         mask, p = gate(
             score,

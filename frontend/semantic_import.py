@@ -7,10 +7,12 @@ from functools import cache
 from typing import Any
 
 import torch
-from torch import fx, nn
+from torch import fx
 
 from liquidc.errors import UnsupportedError
-from liquidc.frontend.importer import Import, Importer, export, traced
+from liquidc.frontend.exporting import Traced, export, traced
+from liquidc.frontend.functional import user_inputs
+from liquidc.frontend.importer import Import, Importer
 from liquidc.frontend.semantic_ops import EXPERTS
 from liquidc.ir import Block, Op, TensorType, Value, ops
 from liquidc.ir.regions import gates_asked
@@ -131,15 +133,15 @@ def _by_expert(
     return experts
 
 
-class _Body(nn.Module):
+class _Body(Traced):
     """An expert's function as a module that can be exported."""
 
     def __init__(self, name: str) -> None:
         super().__init__()
         self.function = EXPERTS[name].function
 
-    def forward(self, x: torch.Tensor, *params: torch.Tensor) -> torch.Tensor:
-        return traced(self.function)(x, *params)
+    def call(self, *args: Any) -> torch.Tensor:
+        return traced(self.function)(*args)
 
 
 @cache
@@ -148,13 +150,12 @@ def _body(
 ) -> torch.export.ExportedProgram:
     """The traced body of an expert on tokens [..., D]; all experts of one shape share it."""
     shape, dtype = tokens
-    auto = torch.export.Dim.AUTO
-    dynamic = dict.fromkeys(range(len(shape) - 1), auto)
+    dynamic = {i: torch.export.Dim(f"tokens{i}") for i in range(len(shape) - 1)}
     args = (
-        torch.empty(shape, dtype=dtype, device="meta"),
-        *(torch.empty(sizes(t.shape), dtype=torch_dtype(t.dtype), device="meta") for t in params),
+        torch.empty(shape, dtype=dtype),
+        *(torch.empty(sizes(t.shape), dtype=torch_dtype(t.dtype)) for t in params),
     )
-    return export(_Body(name), args, (dynamic, tuple(None for _ in params)))
+    return export(_Body(name), (args,), ((dynamic, *(None for _ in params)),))
 
 
 def _on_meta(type: TensorType, examples: Sequence[int]) -> tuple[tuple[int, ...], torch.dtype]:
@@ -165,11 +166,10 @@ def _on_meta(type: TensorType, examples: Sequence[int]) -> tuple[tuple[int, ...]
 
 def _inline(imp: Importer, body: torch.export.ExportedProgram, inputs: Sequence[Value]) -> Value:
     """The body's ops at the end of the block."""
-    places = [n for n in body.graph.nodes if n.op == "placeholder"]
-    fake = places[0].meta["val"]
-    for symbol, dim in zip(fake.shape[:-1], inputs[0].shape[:-1], strict=True):
+    tokens = user_inputs(body)[0].meta["val"]
+    for symbol, dim in zip(tokens.shape[:-1], inputs[0].shape[:-1], strict=True):
         imp.dims = {**imp.dims, str(symbol): dim}
-    (y,) = imp.run(body.graph_module, list(inputs))
+    (y,) = imp.run_program(body, inputs)
     return y
 
 

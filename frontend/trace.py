@@ -6,6 +6,7 @@ docs/protocol.md). No weight is read: parameters become lazy expressions by thei
 
 from __future__ import annotations
 
+import inspect
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -15,6 +16,9 @@ from typing import Any, Protocol, cast, runtime_checkable
 import torch
 from torch import Tensor, nn
 
+from liquidc.errors import UnsupportedError
+from liquidc.frontend.fingerprint import fingerprint
+from liquidc.frontend.functional import results
 from liquidc.frontend.importer import DTYPES, Importer, Part
 from liquidc.frontend.parts import (
     MAX_GATES,
@@ -26,12 +30,10 @@ from liquidc.frontend.parts import (
     PartTracer,
     S,
     T,
-    fingerprint,
-    outputs,
-    to_meta,
 )
+from liquidc.frontend.prepare import unwrapped
 from liquidc.frontend.protocol import LayerCache
-from liquidc.ir import Dim, DType, Function, Module, TensorType, Value, ops, verify
+from liquidc.ir import Dim, DType, Function, Module, TensorType, Value, ops
 from liquidc.ir.weights import WeightExpr
 
 I64, F32, BOOL, I8 = DType.I64, DType.F32, DType.BOOL, DType.I8
@@ -86,6 +88,9 @@ def trace(
 ) -> Module:
     """The IR of a module: @prefill and @decode if it is a `Decoder`, else @prefill alone.
 
+    It computes what `model.float()` computes. If the model serves only so many tokens, the
+    attribute `max_positions` says how many.
+
     Args:
         model: in evaluation or training mode; it is traced as in evaluation. Weights are not read.
         weights: what each parameter is made of, by name; by default the tensor of that name.
@@ -94,33 +99,45 @@ def trace(
     Raises:
         UnsupportedError: the model does something that has no translation.
     """
-    training = model.training
-    model.eval()
-    try:
-        if not isinstance(model, Decoder):
-            logging.getLogger("liquidc").warning(
-                "%s has no embed, layers, head and new_cache (docs/protocol.md): "
-                "only @prefill is compiled, without a cache",
-                type(model).__name__,
-            )
-            return _PlainTracer(model, weights, name).run()
+    model = unwrapped(model)
+    if isinstance(model, Decoder):
         return _Tracer(model, weights, name).run()
-    finally:
-        model.train(training)
+    logging.getLogger("liquidc").warning(
+        "%s has no embed, layers, head and new_cache (docs/protocol.md): "
+        "only @prefill is compiled, without a cache",
+        type(model).__name__,
+    )
+    return _PlainTracer(model, weights, name).run()
 
 
 class _PlainTracer(PartTracer):
     """A module that is only `model(input_ids) -> logits`."""
 
     def run(self) -> Module:
-        graph = self.export(Call(to_meta(self.model)), [((B, T), torch.int64)])
+        self._check_call()
+        graph = self.export(Call(self.model), [((B, T), torch.int64)])
         function = self.module.add(Function("prefill", [("input_ids", TensorType(I64, (B, T)))]))
         (logits,) = self.inline(function, graph, function.args, Part("model"), "", {})
+        self.check_result(logits, "forward", "logits", (B, T))
         function.body.append(ops.Return([logits]))
         function.result_names = ("logits",)
         self.module.attributes |= {"layers": 0, "gates": 0}
-        verify(self.module)
-        return self.module
+        return self.finish()
+
+    def _check_call(self) -> None:
+        """Refuse a forward that can't be called with ids alone.
+
+        Raises:
+            UnsupportedError: it needs other arguments, or takes none.
+        """
+        forward = inspect.signature(self.model.forward)
+        try:
+            forward.bind(object())
+        except TypeError as error:
+            raise UnsupportedError(
+                f"{type(self.model).__name__}.forward{forward} can't be called with input_ids "
+                f"alone ({error}): give the others defaults"
+            ) from None
 
 
 @dataclass
@@ -153,25 +170,43 @@ class _Tracer(PartTracer):
         self, model: nn.Module, weights: Mapping[str, WeightExpr] | None, name: str
     ) -> None:
         super().__init__(model, weights, name)
-        self.decoder = cast(Decoder, model)
-        with torch.device("meta"):
-            caches: list[LayerCache] = list(_on_meta_cache(self.decoder))
+        self.decoder = cast(Decoder, self.model)
+        caches = self._caches()
         self.cache_types = [
             TensorType(DTYPES[c.key.dtype], (B, c.key.shape[1], S, c.key.shape[3])) for c in caches
         ]
         self.cache_dtypes = [c.key.dtype for c in caches]
         self.distinct: dict[Any, _LayerShape] = {}
-        names = {id(child): path for path, child in model.named_modules()}
+        names = {id(child): path for path, child in self.model.named_modules()}
         self.prefixes = [f"{names[id(layer)]}." for layer in self.decoder.layers]
 
+    def _caches(self) -> list[LayerCache]:
+        """A tiny cache, for its shapes.
+
+        Raises:
+            UnsupportedError: `new_cache` makes something else.
+        """
+        name = type(self.model).__name__
+        with torch.device(self.device):
+            made = self.decoder.new_cache(1, 1)
+        caches: list[LayerCache] = list(getattr(made, "layers", None) or ())
+        count = len(self.decoder.layers)
+        if len(caches) != count or not all(_is_cache(cache) for cache in caches):
+            raise UnsupportedError(
+                f"{name}.new_cache must give an object whose `layers` are {count} LayerCaches, one "
+                "a layer, with key and value [batch, heads, capacity, width]"
+            )
+        if len({(c.key.shape[1:], c.value.shape, c.key.dtype) for c in caches}) > 1:
+            raise UnsupportedError(f"{name}.new_cache gives layers caches of different shapes")
+        return caches
+
     def run(self) -> Module:
-        meta = cast(Decoder, to_meta(self.model))
         self.embedding = self.export(
-            Call(meta, "embed"), [((B, T), torch.int64), ((B, T), torch.int64)]
+            Call(self.model, "embed", "states"), [((B, T), torch.int64), ((B, T), torch.int64)]
         )
-        state = next(iter(outputs(self.embedding.program)))
+        state = results(self.embedding.program)[0].meta["val"]
         self.width, self.dtype = state.shape[-1], state.dtype
-        self.head = self.export(Call(meta, "head"), [((B, P, self.width), self.dtype)])
+        self.head = self.export(Call(self.model, "head"), [((B, P, self.width), self.dtype)])
         below = False
         self.layers: list[_LayerShape] = []
         for index, layer in enumerate(self.decoder.layers):
@@ -188,15 +223,14 @@ class _Tracer(PartTracer):
             "gates": len(gates),
             "gate_layers": tuple(gates),
         }
-        verify(self.module)
-        return self.module
+        return self.finish()
 
     def _trace_layer(self, layer: nn.Module, index: int, below: bool) -> _LayerShape:
         cache = self.cache_types[index]
         kv, hd = cache.shape[1], cache.shape[3]
         dtype = self.cache_dtypes[index]
         tokens, rows = ((B, T), torch.int64), ((B,), torch.int64)
-        part = LayerCall(to_meta(layer))
+        part = LayerCall(layer)
         new = ((B, T, kv, hd), dtype) if below else None
         specs = [
             ((B, T, self.width), self.dtype),
@@ -239,6 +273,7 @@ class _Tracer(PartTracer):
             "",
             bind,
         )
+        self.check_result(x, "embed", "states", (B, time))
         state = _State(x, imp.fill(0, TensorType(I64, (B, time))))
         first = 0
         for index, shape in enumerate(self.layers):
@@ -246,6 +281,7 @@ class _Tracer(PartTracer):
             first += shape.gates
         hidden = imp.emit(ops.TakeTokens(state.x, function.arg("logit_index"))).y
         (logits,) = self.inline(function, self.head, [hidden], Part("head"), "", bind)
+        self.check_result(logits, "head", "logits", (B, P))
         self._return(imp, function, logits, state, gates)
         return function
 
@@ -333,6 +369,8 @@ class _Tracer(PartTracer):
         function.result_names = tuple(results)
 
 
-def _on_meta_cache(decoder: Decoder) -> Sequence[LayerCache]:
-    """A tiny cache, for its shapes."""
-    return decoder.new_cache(1, 1).layers
+def _is_cache(cache: Any) -> bool:
+    """Whether it is a tuple of key and value [B, KV, S, hd] and a length."""
+    if not isinstance(cache, LayerCache):
+        return False
+    return cache.key.dim() == 4 and cache.key.shape == cache.value.shape

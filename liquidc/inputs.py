@@ -10,7 +10,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, cast
 
-from liquidc.errors import CheckpointError, ConfigError, InputError, LiquidWarning
+from liquidc.errors import ConfigError, InputError, LiquidWarning
 from liquidc.files import read_file
 from liquidc.generation import GENERATION, read_generation
 from liquidc.ir.core import Module
@@ -139,21 +139,32 @@ class DirectoryInput:
 
 
 class ModuleInput:
-    """A module in memory that follows `liquidc.frontend.protocol`.
+    """A module in memory; one that follows `liquidc.frontend.protocol` gets a cache.
 
     Args:
         module: the model.
         files: contents of tokenizer.json and others, by name.
+
+    Raises:
+        InputError: it is no module, or can't be traced by its kind.
     """
 
     def __init__(self, module: torch.nn.Module, files: Mapping[str, bytes] | None = None) -> None:
+        import torch
+
+        from liquidc.frontend.prepare import named_tensors, unwrapped
+
+        if not isinstance(cast(object, module), torch.nn.Module):
+            kind = type(module).__name__
+            raise InputError(f"a model is a directory or a torch.nn.Module, not of type {kind}")
+        module = unwrapped(module)
         self.origin: Path | None = None
         self._module = module
         self._files = dict(files or {})
         config: Any = getattr(module, "config", None)
         self._config: dict[str, Any] = config.to_dict() if hasattr(config, "to_dict") else {}
         self.type = str(self._config.get("model_type", type(module).__name__))
-        self._tensors = dict(module.state_dict())
+        self._tensors = named_tensors(module)
 
     @property
     def sha256(self) -> str:
@@ -178,11 +189,11 @@ class ModuleInput:
         """See `ModelInput`.
 
         Raises:
-            CheckpointError: a weight is not finite.
+            CheckpointError: a tensor has no values, or is not finite.
         """
-        for name, tensor in self._tensors.items():
-            if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
-                raise CheckpointError(f"the weight {name} holds NaN or infinity")
+        from liquidc.frontend.prepare import check_tensors
+
+        check_tensors(self._tensors)
 
     def trace(self) -> Module:
         """See `ModelInput`."""
@@ -190,9 +201,11 @@ class ModuleInput:
         from liquidc.frontend.trace import trace
 
         module = trace(self._module)
+        limit = module.attributes.pop("max_positions", None)
         named = self._config.get("max_position_embeddings")
-        if (context := context_of(module, named if type(named) is int else None)) is not None:
-            module.attributes["max_positions"] = context
+        context = context_of(module, named if type(named) is int else None)
+        if known := [n for n in (context, limit) if isinstance(n, int)]:
+            module.attributes["max_positions"] = min(known)
         if type(vocabulary := self._config.get("vocab_size")) is int:
             module.attributes["vocab_size"] = vocabulary
         gate: Any = self._config.get("depth_gate")

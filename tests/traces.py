@@ -10,16 +10,16 @@ from collections.abc import Hashable
 from copy import copy
 from typing import Any
 
-from torch import nn
-
-from liquidc.frontend.parts import Graph, Identity, LayerCall, Notes, PartTracer, fingerprint
+from liquidc.frontend.exporting import Traced
+from liquidc.frontend.fingerprint import Identity, fingerprint
+from liquidc.frontend.parts import Graph, LayerCall, Notes, PartTracer
 
 export = PartTracer.export
 """The real one."""
 _KEPT: dict[Hashable, tuple[Graph, Notes | None]] = {}
 
 
-def kept(self: PartTracer, part: nn.Module, args: Any) -> Graph:
+def kept(self: PartTracer, part: Traced, args: Any) -> Graph:
     """`PartTracer.export`, or what it returned for an equal part."""
     key = (fingerprint(part), tuple(args))
     if _holds_identity(key):
