@@ -1,8 +1,9 @@
-"""Which passes run, in which order, with which options: `fold-constants,quantize{bits=4}`."""
+"""Which passes run, in which order, with which options: `fold-constants,quantize{block=64}`."""
 
 from __future__ import annotations
 
 import dataclasses
+import math
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -11,13 +12,15 @@ from typing import TYPE_CHECKING, Any
 from liquidc.errors import InputError, InternalError, IRError
 from liquidc.ir import Module, verify
 from liquidc.ir.rewriter import Statistics
+from liquidc.option_text import parse_named
 from liquidc.passes.base import Pass, PassContext
 from liquidc.passes.registry import DEFAULT_PIPELINE, PASSES, PROFILED
 
 if TYPE_CHECKING:
     from liquidc.backends.base import Backend
 
-_PASS = re.compile(r"(?P<name>[a-z][a-z0-9-]*)(?:\{(?P<options>[^{}]*)\})?")
+_INTEGER = re.compile(r"-?[0-9]+")
+_NUMBER = re.compile(r"-?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?")
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,18 +51,12 @@ class PassPlan:
         return self.name + (f"{{{','.join(changed)}}}" if changed else "")
 
 
-def split_passes(text: str) -> tuple[str, ...]:
-    """`a,b{x=1,y=2}` as its parts."""
-    parts = re.split(r",(?![^{]*\})", text)
-    return tuple(part.strip() for part in parts if part.strip())
-
-
-def default_passes(backend: Backend) -> tuple[str, ...]:
+def default_passes(backend: Backend) -> list[str]:
     """The passes of a target that is told nothing else."""
     return _without(backend, backend.pipeline or DEFAULT_PIPELINE)
 
 
-def profiled_passes(backend: Backend) -> tuple[str, ...]:
+def profiled_passes(backend: Backend) -> list[str]:
     """The passes of a target that is given a profile of the model."""
     names = list(backend.pipeline or DEFAULT_PIPELINE)
     for name, before in PROFILED.items():
@@ -68,8 +65,8 @@ def profiled_passes(backend: Backend) -> tuple[str, ...]:
     return _without(backend, names)
 
 
-def _without(backend: Backend, names: Sequence[str]) -> tuple[str, ...]:
-    return tuple(name for name in names if name not in backend.leaves_out)
+def _without(backend: Backend, names: Sequence[str]) -> list[str]:
+    return [name for name in names if name not in backend.leaves_out]
 
 
 def plan_passes(texts: Sequence[str], without: Sequence[str]) -> tuple[PassPlan, ...]:
@@ -84,22 +81,19 @@ def plan_passes(texts: Sequence[str], without: Sequence[str]) -> tuple[PassPlan,
 
 
 def _parse(text: str) -> PassPlan:
-    match = _PASS.fullmatch(text)
-    if match is None:
-        raise InputError(f"{text!r} is not a pass; write name or name{{option=value}}")
-    kind = _find(match["name"])
+    given = parse_named(text, "pass")
+    kind = _find(given.name)
+    fields = {f.name: str(f.type) for f in dataclasses.fields(kind)}
     options: dict[str, Any] = {}
-    fields = {f.name: f for f in dataclasses.fields(kind)}
-    for pair in filter(None, (match["options"] or "").split(",")):
-        key, _, value = (part.strip() for part in pair.partition("="))
+    for key, value in given.options.items():
         if key not in fields:
             known = ", ".join(fields) or "none"
-            raise InputError(f"the pass {match['name']} has no option {key!r}; it has {known}")
-        options[key] = _option(match["name"], key, value, str(fields[key].type))
+            raise InputError(f"the pass {given.name} has no option {key!r}; it has {known}")
+        options[key] = _option(given.name, key, value, fields[key])
     try:
-        return PassPlan(match["name"], kind(**options))
+        return PassPlan(given.name, kind(**options))
     except ValueError as error:
-        raise InputError(f"the pass {match['name']}: {error}") from None
+        raise InputError(f"the pass {given.name}: {error}") from None
 
 
 def _find(name: str) -> type[Pass]:
@@ -109,12 +103,15 @@ def _find(name: str) -> type[Pass]:
 
 
 def _option(name: str, key: str, value: str, kind: str) -> Any:
-    try:
-        if kind == "bool":
-            return {"true": True, "1": True, "false": False, "0": False}[value.lower()]
-        return {"int": int, "float": float, "str": str}[kind](value)
-    except (ValueError, KeyError):
-        raise InputError(f"the pass {name}: {key} must be of type {kind}, not {value!r}") from None
+    if kind == "str":
+        return value
+    if kind == "bool" and value.lower() in ("true", "false", "1", "0"):
+        return value.lower() in ("true", "1")
+    if kind == "int" and _INTEGER.fullmatch(value):
+        return int(value)
+    if kind == "float" and _NUMBER.fullmatch(value) and math.isfinite(float(value)):
+        return float(value)
+    raise InputError(f"the pass {name}: {key} must be of type {kind}, not {value!r}")
 
 
 def describe_passes() -> list[tuple[str, str]]:

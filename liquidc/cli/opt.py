@@ -43,7 +43,8 @@ def command(
     as_json: bool,
 ) -> None:
     """Run passes over the IR text in FILE ("-" or nothing: standard input) and print the result."""
-    from liquidc.passplan import describe_passes, plan_passes, run_passes, split_passes
+    from liquidc.option_text import split_list
+    from liquidc.passplan import describe_passes, plan_passes, run_passes
 
     if list_passes:
         found = describe_passes()
@@ -56,7 +57,7 @@ def command(
     from liquidc.ir import parse_module, print_module, verify
     from liquidc.ir.rewriter import Statistics
 
-    plan = plan_passes(split_passes(passes), ())
+    plan = plan_passes(split_list(passes), ())
     text = _read(file)
     module = parse_module(text, "<stdin>" if str(file) == "-" else str(file))
     verify(module)

@@ -22,9 +22,10 @@ from liquidc.backends.null.backend import NullBackend
 from liquidc.errors import InputError, InternalError, TargetUnavailable
 from liquidc.ir import Module, ops, parse_module
 from liquidc.ir.rewriter import Statistics
+from liquidc.option_text import split_list
 from liquidc.passes.base import Pass, PassContext
 from liquidc.passes.registry import DEFAULT_PIPELINE, PASSES
-from liquidc.passplan import plan_passes, run_passes, split_passes
+from liquidc.passplan import plan_passes, run_passes
 from liquidc.pipeline import CompileOptions, compile_model, make_plan
 from tests.liquidc.conftest import save_model
 
@@ -276,7 +277,7 @@ def test_options_of_passes(monkeypatch: pytest.MonkeyPatch) -> None:
             pass
 
     monkeypatch.setitem(PASSES, "tuned", Tuned)
-    assert split_passes("a, tuned{bits=4,wide=true},b") == ("a", "tuned{bits=4,wide=true}", "b")
+    assert split_list("a, tuned{bits=4,wide=true},b") == ("a", "tuned{bits=4,wide=true}", "b")
     (plan,) = plan_passes(("tuned{bits=4, wide=true}",), ())
     assert plan.options == {"bits": 4, "wide": True, "mode": "x"}
     assert plan.text == "tuned{bits=4,wide=True}"
