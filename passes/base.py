@@ -21,6 +21,9 @@ def _no_expert_regions(module: Module) -> bool:
     return not any(isinstance(op, ops.If) and op.role == "expert" for op in module.walk())
 
 
+Need = Literal["", "gates", "experts", "cache"]
+"""What a model must have for a pass to have something to do."""
+
 FACTS: dict[str, Callable[[Module], bool]] = {"no-expert-regions": _no_expert_regions}
 """Facts about a module that a pass can require or ensure."""
 
@@ -71,11 +74,13 @@ class Pass:
 
     `contract` says how results may change: not by a bit (`bitwise`), or by floating-point sums in
     another order (`reassociates`); decisions and integers never change. A `lossy` pass changes
-    results, is never run unasked, and is measured.
+    results, is never run unasked, and is measured. `needs` says what a model must have for the pass
+    to have something to do: to ask for it otherwise is refused.
     """
 
     name: ClassVar[str]
     contract: ClassVar[Literal["bitwise", "reassociates", "lossy"]]
+    needs: ClassVar[Need] = ""
     requires: ClassVar[tuple[str, ...]] = ()
     ensures: ClassVar[tuple[str, ...]] = ()
 

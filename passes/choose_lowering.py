@@ -12,7 +12,7 @@ from liquidc.ir.cost import Cost, Place, costs
 from liquidc.ir.rewriter import Refusal, Rewriter, Statistics
 from liquidc.ir.weights import sizes
 from liquidc.machine import DEFAULT, MachineTable, Work, expected, read_table
-from liquidc.passes.base import Pass, PassContext
+from liquidc.passes.base import Need, Pass, PassContext
 from liquidc.passes.gate_arms import Gate, check_masked, gates_of, inline_arm
 
 
@@ -43,6 +43,7 @@ class ChooseLowering(Pass):
 
     name: ClassVar[str] = "choose-lowering"
     contract: ClassVar[Literal["bitwise", "reassociates", "lossy"]] = "bitwise"
+    needs: ClassVar[Need] = "gates"
 
     def __post_init__(self) -> None:
         if self.prompt < 1 or self.generated < 0:
@@ -51,7 +52,13 @@ class ChooseLowering(Pass):
             raise InputError("rate is a share of tokens, from 0 to 1")
 
     def apply(self, module: Module, statistics: Statistics, context: PassContext) -> None:
-        """Choose for every gate of every function."""
+        """Choose for every gate of every function.
+
+        Raises:
+            InputError: a rate is given besides a profile, which has one for each gate.
+        """
+        if context.profile is not None and self.rate != ChooseLowering.rate:
+            raise InputError(f"the pass {self.name}: the profile gives the rates: leave rate= out")
         table = context.machine or read_table(DEFAULT)
         told: list[dict[str, Any]] = []
         for function in module.functions.values():

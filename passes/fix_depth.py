@@ -49,7 +49,13 @@ class FixDepth(Pass):
             raise InputError(f"paths is 0 or more, not {self.paths}")
 
     def apply(self, module: Module, statistics: Statistics, context: PassContext) -> None:
-        """Add the paths, then mask @prefill."""
+        """Add the paths, then mask @prefill.
+
+        Raises:
+            InputError: a number of paths is given, and no profile to take them from.
+        """
+        if context.profile is None and self.paths != FixDepth.paths:
+            raise InputError(f"the pass {self.name}: paths= takes a profile; give --profile")
         function = module.functions.get("prefill")
         if function is None or not any(isinstance(op, ops.If) for op in function.body.walk()):
             return

@@ -8,7 +8,7 @@ from typing import Any, ClassVar, Literal, cast
 from liquidc.errors import InputError
 from liquidc.ir import Block, Function, Module, Value, ops
 from liquidc.ir.rewriter import Refusal, Rewriter, Statistics
-from liquidc.passes.base import Pass, PassContext
+from liquidc.passes.base import Need, Pass, PassContext
 from liquidc.passes.gate_arms import Gate, drop_results, gates_of, inline_arm, unread_caches
 
 
@@ -43,10 +43,13 @@ class FixGates(Pass):
 
     name: ClassVar[str] = "fix-gates"
     contract: ClassVar[Literal["bitwise", "reassociates", "lossy"]] = "lossy"
+    needs: ClassVar[Need] = "gates"
 
     def __post_init__(self) -> None:
         if set(self.gates) - set("01."):
             raise InputError(f"gates is a digit 0, 1 or a dot for each gate, not {self.gates!r}")
+        if self.gates and (self.never, self.always) != (FixGates.never, FixGates.always):
+            raise InputError("gates names what is fixed: leave never= and always= out")
         if not 0 <= self.never < self.always <= 1:
             raise InputError("never and always are shares of tokens, never less than always")
 
@@ -54,7 +57,7 @@ class FixGates(Pass):
         """Fix gates in every function."""
         for function in module.functions.values():
             gates, before = gates_of(function), _gone(function)
-            wanted = self._wanted(gates, context)
+            wanted = self._wanted(gates, _gates_ever(function), context)
             told: dict[str, Any] = {"gates": wanted, "skip": [], "run": [], "refused": {}}
             for gate in gates:
                 if wanted[gate.number] != ".":
@@ -65,14 +68,12 @@ class FixGates(Pass):
             statistics.facts[self.name] = told
             _lower_floors(function, gone)
 
-    def _wanted(self, gates: list[Gate], context: PassContext) -> str:
+    def _wanted(self, gates: list[Gate], ever: int, context: PassContext) -> str:
         """A digit for each gate that the model ever had."""
         count = max((gate.number for gate in gates), default=-1) + 1
         if self.gates or not count:
-            if len(self.gates) < count:
-                raise InputError(
-                    f"the pass {self.name}: {len(self.gates)} digits for {count} gates"
-                )
+            if len(self.gates) < count or len(self.gates) > ever > 0:
+                raise InputError(f"the pass {self.name}: {len(self.gates)} digits for {ever} gates")
             return self.gates
         profile = context.need_profile(self.name)
         if len(profile.gates) < count:
@@ -128,6 +129,12 @@ def _only_reported(p: Value) -> bool:
 def _layer(name: str) -> int:
     """The layer of `present.3.key`."""
     return int(name.split(".")[1])
+
+
+def _gates_ever(function: Function) -> int:
+    """How many gates a function has, fixed ones included."""
+    found = [op for op in function.body.walk() if isinstance(op, ops.DepthGate | ops.FixedGate)]
+    return max((op.gate for op in found), default=-1) + 1
 
 
 def _gone(function: Function) -> set[int]:

@@ -10,9 +10,10 @@ from liquidc.ir import Module, ops
 from liquidc.ir.rewriter import Rewriter, Statistics
 from liquidc.ir.weight_maths import Mix, Take
 from liquidc.ir.weights import Concat, Slice, WeightExpr, WeightSource, materialize
-from liquidc.passes.base import Pass, PassContext
+from liquidc.passes.base import Need, Pass, PassContext
 from liquidc.passes.fold_constants import declare
 from liquidc.passes.routed_experts import (
+    RATIO,
     Routed,
     change_layers,
     check_options,
@@ -55,8 +56,9 @@ class MergeExperts(Pass):
 
     name: ClassVar[str] = "merge-experts"
     contract: ClassVar[Literal["bitwise", "reassociates", "lossy"]] = "lossy"
+    needs: ClassVar[Need] = "experts"
     keep: int = 0
-    ratio: float = 0.25
+    ratio: float = RATIO
     least: int = 32
 
     def __post_init__(self) -> None:

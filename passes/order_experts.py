@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, cast
 from liquidc.ir import Block, DType, Module, Op, ops
 from liquidc.ir.rewriter import Rewriter, Statistics
 from liquidc.passes.balanced_cut import balanced_parts, cut_weight, graph_of
-from liquidc.passes.base import Pass, PassContext
+from liquidc.passes.base import Need, Pass, PassContext
 from liquidc.passes.fold_constants import splat
 from liquidc.passes.routed_experts import Routed, change_layers, take_experts
 from liquidc.profile import ExpertProfile
@@ -48,6 +48,7 @@ class OrderExperts(Pass):
 
     name: ClassVar[str] = "order-experts"
     contract: ClassVar[Literal["bitwise", "reassociates", "lossy"]] = "reassociates"
+    needs: ClassVar[Need] = "experts"
     groups: int = 2
 
     def __post_init__(self) -> None:

@@ -9,8 +9,9 @@ from typing import Any, ClassVar, Literal
 from liquidc.errors import InputError
 from liquidc.ir import Module, ops
 from liquidc.ir.rewriter import Rewriter, Statistics
-from liquidc.passes.base import Pass, PassContext
+from liquidc.passes.base import Need, Pass, PassContext
 from liquidc.passes.routed_experts import (
+    RATIO,
     Routed,
     change_layers,
     check_options,
@@ -46,8 +47,9 @@ class PruneExperts(Pass):
 
     name: ClassVar[str] = "prune-experts"
     contract: ClassVar[Literal["bitwise", "reassociates", "lossy"]] = "lossy"
+    needs: ClassVar[Need] = "experts"
     keep: int = 0
-    ratio: float = 0.25
+    ratio: float = RATIO
     least: int = 32
 
     def __post_init__(self) -> None:

@@ -79,6 +79,15 @@ class Quantize(Pass):
             raise InputError("fp8 is symmetric: it has no zero points")
         if self.method not in METHODS:
             raise InputError(f"method is {', '.join(METHODS)}, not {self.method!r}")
+        if self.method == "gptq" and self.scheme == "fp8":
+            raise InputError("fp8 is rounded to the nearest: the steps of e4m3 are not even")
+        if self.head != Quantize.head:
+            if self.scheme == MIXED:
+                raise InputError("a mixed scheme chooses for the head too: leave head= out")
+            if self.head not in ("same", self.scheme, self._scheme(head=True)):
+                raise InputError(
+                    f"head={self.head} has no more bits than {self.scheme}: write head=same"
+                )
 
     def apply(self, module: Module, statistics: Statistics, context: PassContext) -> None:
         """Quantise in every function.

@@ -14,7 +14,7 @@ from liquidc.ir.quantised import CALIBRATED
 from liquidc.ir.rewriter import Rewriter, Statistics
 from liquidc.ir.types import DType, TensorType
 from liquidc.ir.weights import Stored, sizes
-from liquidc.passes.base import Pass, PassContext
+from liquidc.passes.base import Need, Pass, PassContext
 from liquidc.passes.fold_constants import declare
 from liquidc.passes.stream import Calibration, Lane, Stream, affordable
 
@@ -57,6 +57,7 @@ class QuantizeCache(Pass):
 
     name: ClassVar[str] = "quantize-cache"
     contract: ClassVar[Literal["bitwise", "reassociates", "lossy"]] = "lossy"
+    needs: ClassVar[Need] = "cache"
 
     def __post_init__(self) -> None:
         if self.scheme not in SCHEMES:

@@ -74,3 +74,8 @@ DEFAULT_PIPELINE = (
 
 PROFILED = {"order-experts": "fuse-shared-experts", "choose-lowering": "compact-tokens"}
 """Passes that a profile adds to the default ones, each before the other."""
+
+
+def is_lossy(name: str) -> bool:
+    """Whether a pass changes results; False for a name that is no pass."""
+    return name in PASSES and PASSES[name].contract == "lossy"

@@ -19,6 +19,8 @@ from liquidc.profile import ExpertProfile, Profile
 Readers = Mapping[ops.Route, list[Op]]
 _NUMBERED = (ops.GroupedExperts, ops.MapExperts, ops.ExpertMask, ops.ExpertWeight)
 """Ops for which an expert's number means its weights."""
+RATIO = 0.25
+"""Share of the experts that goes unless `keep` or `ratio` says otherwise."""
 _MOVES = (ops.Reshape, ops.GatherRows, ops.Cast)
 """Ops that leave every token's numbers as they are."""
 
@@ -27,10 +29,12 @@ def check_options(keep: int, ratio: float) -> None:
     """Refuse what makes no sense.
 
     Raises:
-        ValueError: an option is out of its range.
+        ValueError: an option is out of its range, or the other one makes it mean nothing.
     """
     if keep < 0 or not 0 < ratio < 1:
         raise ValueError("keep is a number of experts, or 0; ratio lies between 0 and 1")
+    if keep and ratio != RATIO:
+        raise ValueError("keep and ratio both say how many experts stay: give one of them")
 
 
 def share_left(count: int, ratio: float) -> int:

@@ -8,7 +8,7 @@ from typing import Any, ClassVar, Literal
 from liquidc.errors import InputError
 from liquidc.ir import Block, Function, Module, ops
 from liquidc.ir.rewriter import Refusal, Rewriter, Statistics
-from liquidc.passes.base import Pass, PassContext
+from liquidc.passes.base import Need, Pass, PassContext
 from liquidc.passes.gate_arms import Gate, gates_of, inline_masked
 from liquidc.passes.speculate import speculate
 from liquidc.profile import Profile
@@ -41,6 +41,7 @@ class SpecializeDepth(Pass):
 
     name: ClassVar[str] = "specialize-depth"
     contract: ClassVar[Literal["bitwise", "reassociates", "lossy"]] = "reassociates"
+    needs: ClassVar[Need] = "gates"
 
     def __post_init__(self) -> None:
         if not (0 <= self.always <= 1 and 0 <= self.hot <= 1):

@@ -71,7 +71,7 @@ def affordable(calibration: Calibration, function: Function) -> Calibration:
     """
     windows = calibration.windows
     tokens = len(windows[0])
-    each = LIVE * 4 * tokens * _widest(function)
+    each = LIVE * 4 * tokens * widest(function)
     count = min(len(windows), ACTIVATIONS // each)
     if count < min(FEWEST, len(windows)):
         raise InputError(
@@ -82,7 +82,7 @@ def affordable(calibration: Calibration, function: Function) -> Calibration:
     return replace(calibration, windows=windows[:count])
 
 
-def _widest(function: Function) -> int:
+def widest(function: Function) -> int:
     """Elements that one token has in the largest value, the logits apart."""
     sizes = [
         math.prod(dim for dim in value.shape if isinstance(dim, int))
@@ -95,7 +95,7 @@ def _widest(function: Function) -> int:
 
 @contextmanager
 def one_thread() -> Generator[None]:
-    """Let torch compute on one thread."""
+    """Let torch compute on one thread, so that sums do not depend on how many there are."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
