@@ -33,12 +33,17 @@ Report = Callable[[str, int, int], None]
 class HeldOutText:
     """Windows of text, and the bytes that the tokens after the first of each stand for.
 
-    Ids that were given as such stand for no bytes.
+    Ids that were given as such stand for no bytes: then `bytes` is empty.
     """
 
     sha256: str
     windows: tuple[tuple[int, ...], ...]
     bytes: tuple[int, ...]
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """Bytes by window; 0 for each window of ids."""
+        return self.bytes or (0,) * len(self.windows)
 
     def half(self, number: int) -> HeldOutText:
         """Every other window, from `number` on."""
@@ -118,13 +123,14 @@ class Scorer:
     def decided(
         self, ids: Sequence[int], force: Sequence[int] = ()
     ) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
-        """The same, and bool[G, T], the gates' decisions."""
+        """The same, and the gates' decisions: bool[G, T], G being 0 in a model without gates."""
         inputs = first_call(self._args, ids)
         inputs["logit_index"] = torch.arange(len(ids))[None]
         if force:
             inputs["gate_force"] = torch.tensor(list(force), dtype=torch.int8)
         found = self._interpreter.run("prefill", inputs)
-        return found["logits"][0].numpy(), found["gates"][:, 0].numpy()
+        gates = found["gates"][:, 0].numpy() if "gates" in found else np.zeros((0, len(ids)), bool)
+        return found["logits"][0].numpy(), gates
 
     @contextmanager
     def replaced(self, weights: Mapping[str, torch.Tensor]) -> Generator[None]:

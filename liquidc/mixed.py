@@ -26,6 +26,7 @@ from liquidc.ir.quantised import Grid, dequantise
 from liquidc.ir.weights import WeightExpr, WeightSource, materialize
 from liquidc.passes.base import PassContext
 from liquidc.passes.quantize import Quantize
+from liquidc.passlog import weights_in_use
 
 SCHEMES = ("int8", "int4")
 """From more bits to fewer."""
@@ -112,29 +113,19 @@ def choose(
     Raises:
         InputError: the size can't be reached.
     """
+    grids = grids_of(module, quantize)
+    if target_size is not None:
+        check_size(module, grids, target_size)
     measured = _Measured(module, source, text)
-    grids = {
-        scheme: Quantize(scheme, quantize.block, quantize.symmetric, head="same").grids(
-            module, PassContext()
-        )
-        for scheme in SCHEMES
-    }
     trials = measured.alone(grids, report)
     steps = _steps(trials)
-    used = {op.weight for op in module.walk() if isinstance(op, ops.Weight)}
-    size = facts.total_bytes(module.weights[name].type for name in used)
-    reached = [size]
+    reached = [weights_in_use(module)]
     for before, after in steps:
         reached.append(reached[-1] - before.bytes + after.bytes)
     told: dict[str, Any] = {"measured_on": text.sha256, "sensitivity": [_told(t) for t in trials]}
     if target_size is not None:
         told["target_size"] = target_size
-        count = next((n for n, bytes in enumerate(reached) if bytes <= target_size), None)
-        if count is None:
-            raise InputError(
-                f"--target-size {target_size}: with {SCHEMES[-1]} everywhere the weights still "
-                f"take {reached[-1]} bytes"
-            )
+        count = next(n for n, bytes in enumerate(reached) if bytes <= target_size)
     else:
         told["max_kl"] = max_kl
         low, high = 0, len(steps)
@@ -145,6 +136,47 @@ def choose(
             low, high = (middle, high) if fits else (low, middle - 1)
         count = low
     return Recipe(_after(steps[:count]), told)
+
+
+Grids = Mapping[str, Mapping[str, Grid]]
+"""By scheme, how each weight is rounded."""
+
+
+def grids_of(module: Module, quantize: Quantize) -> Grids:
+    """How the weights of a module are rounded with each scheme, under the options of a pass."""
+    return {
+        scheme: Quantize(scheme, quantize.block, quantize.symmetric, head="same").grids(
+            module, PassContext()
+        )
+        for scheme in SCHEMES
+    }
+
+
+def check_size(module: Module, grids: Grids, target_size: int) -> None:
+    """Check that the weights can be made to take no more bytes; nothing is read.
+
+    Raises:
+        InputError: they can't.
+    """
+    tables, least = _tables(module), weights_in_use(module)
+    for name, expr in module.weights.items():
+        if any(name in by_name for by_name in grids.values()):
+            whole = facts.total_bytes([expr.type])
+            least -= whole - min(
+                whole, *(_size(module, grids[s][name], name, tables) for s in grids)
+            )
+    if least > target_size:
+        raise InputError(
+            f"--target-size {target_size}: with {SCHEMES[-1]} everywhere the weights still "
+            f"take {least} bytes"
+        )
+
+
+def _size(module: Module, grid: Grid, name: str, tables: set[str]) -> int:
+    """Bytes of a rounded weight, with the floats that stay if an embedding reads them."""
+    expr = module.weights[name]
+    size = facts.total_bytes(part.type for part in grid.parts(expr).values())
+    return size + facts.total_bytes([expr.type]) * (name in tables)
 
 
 def _steps(trials: Sequence[Trial]) -> list[tuple[Trial, Trial]]:
@@ -195,7 +227,7 @@ class _Measured:
         self._scorer = Scorer(module, source)
         self._original = [self._scorer.logits(window) for window in text.windows]
 
-    def alone(self, grids: Mapping[str, Mapping[str, Grid]], report: Report) -> list[Trial]:
+    def alone(self, grids: Grids, report: Report) -> list[Trial]:
         """Every weight in every scheme, on a few windows."""
         few = range(0, len(self._original), max(1, len(self._original) // FEW))
         names = list(next(iter(grids.values())))
@@ -203,19 +235,16 @@ class _Measured:
         tables = _tables(self._module)
         for number, name in enumerate(names):
             report("weights measured", number, len(names))
-            expr = self._module.weights[name]
-            whole = facts.total_bytes([expr.type])
+            whole = facts.total_bytes([self._module.weights[name].type])
             trials.append(Trial(name, "float", 0.0, whole))
             for scheme, by_name in grids.items():
                 kl, _ = self._kl({name: by_name[name]}, few)
-                size = facts.total_bytes(part.type for part in by_name[name].parts(expr).values())
-                trials.append(Trial(name, scheme, kl, size + whole * (name in tables)))
+                size = _size(self._module, by_name[name], name, tables)
+                trials.append(Trial(name, scheme, kl, size))
         report("weights measured", len(names), len(names))
         return trials
 
-    def together(
-        self, schemes: Mapping[str, str], grids: Mapping[str, Mapping[str, Grid]]
-    ) -> float:
+    def together(self, schemes: Mapping[str, str], grids: Grids) -> float:
         """KL of a recipe and two standard errors of it, on all windows."""
         rounded = {name: grids[scheme][name] for name, scheme in schemes.items()}
         kl, error = self._kl(rounded, range(len(self._original)))

@@ -9,81 +9,40 @@ back and goes on from there.
 from __future__ import annotations
 
 import datetime
-import hashlib
 import platform
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, astuple, dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 from liquidc import cost, facts
 from liquidc.backends.base import Stage, StageContext
 from liquidc.calibrated import CalibratedSource
+from liquidc.effects import calibrates, check_compiled, check_model, mixes
 from liquidc.engine import EngineWriter, sha256_file, writing
 from liquidc.errors import InputError
 from liquidc.inputs import DirectoryInput, ModelInput, ModuleInput
-from liquidc.ir import Module, parse_module, print_module
+from liquidc.ir import Module, print_module
 from liquidc.ir.rewriter import Statistics
-from liquidc.machine import read_table
 from liquidc.manifest import SCHEMA, Manifest, PassInfo
 from liquidc.measure import Measured, measured
 from liquidc.passes.base import PassContext
+from liquidc.passes.stream import one_thread
 from liquidc.passlog import PassLog, PassRecord
 from liquidc.passplan import run_passes
 from liquidc.plan import FEWER_EXPERTS, CompileOptions, Plan, make_plan
-from liquidc.profile import Profile, read_profile
+from liquidc.prepare import check_dump, depends_on, read_context, read_ir, tools, trace_for
+from liquidc.profile import Profile
+from liquidc.progress import Progress, Silent
 from liquidc.records import canonical
 from liquidc.report import REPORT, report_data, report_page
 from liquidc.specialize import Lossy
-from liquidc.version import __version__, source_hash
+from liquidc.version import __version__
 
 if TYPE_CHECKING:
     import torch
 
 IR_SUFFIX = ".ir"
-
-
-class Progress(Protocol):
-    """Told what a compile is doing."""
-
-    def stage(self, name: str, total: int) -> None:
-        """A stage begins; `total` bytes of weights will be written, 0 if none."""
-        ...
-
-    def advance(self, amount: int) -> None:
-        """So many bytes more were written."""
-        ...
-
-    def part(self, what: str, done: int, total: int) -> None:
-        """Of `total` parts of a stage that writes nothing, so many are done."""
-        ...
-
-    def note(self, text: str) -> None:
-        """A message for the person waiting."""
-        ...
-
-    def done(self, name: str, seconds: float) -> None:
-        """The stage is over."""
-        ...
-
-
-class Silent:
-    """Progress that nobody sees."""
-
-    def stage(self, name: str, total: int) -> None:
-        """Nothing."""
-
-    def advance(self, amount: int) -> None:
-        """Nothing."""
-
-    def part(self, what: str, done: int, total: int) -> None:
-        """Nothing."""
-
-    def note(self, text: str) -> None:
-        """Nothing."""
-
-    def done(self, name: str, seconds: float) -> None:
-        """Nothing."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -159,6 +118,7 @@ def compile_model(
     writer = EngineWriter(Path(output), force=options.force, resume=options.resume)
     writer.check()
     plan = make_plan(options)
+    check_dump(options)
     opened = open_model(model)
     source = CalibratedSource(opened.weights, writer.scratch, writer.journal)
     with writer, writing(writer.output, resume=options.resume):
@@ -196,38 +156,17 @@ class _Run:
 
     def everything(self) -> Manifest:
         """Run all stages; returns the manifest without `files`."""
-        start = self.options.start
         self._timed("hash", self._begin)
-        context = self._context()
-        fidelity: dict[str, Any] | None = None
-        if start is not None and start[0] == "passes":
-            traced = module = self._read(start[1])
+        context = read_context(self.options, self.model, self.source)
+        start = self.options.start
+        if start is not None and start[0] in ("trace", "passes"):
+            traced = read_ir(start[1])
         else:
-            if start is not None and start[0] == "trace":
-                traced = self._read(start[1])
-            else:
-                traced = self._timed("trace", self._trace)
-            self.ops = sum(1 for _ in traced.walk())
-            lossy = Lossy(self.options, self.model, self.plan.passes, context, self.progress.part)
-            if lossy.calibrates:
-                context = replace(context, calibration=lossy.calibration(traced, self.source))
-            if self.options.specialize == "budget":
-                self.passes = self._timed("specialize", lambda: lossy.choose(traced))
-            recipe = self._timed("recipe", lambda: lossy.recipe(traced)) if lossy.mixes else None
-            if recipe is not None:
-                context = replace(context, recipe=recipe.schemes)
-            module = self._timed("passes", lambda: self._passes(traced, context))
-            if recipe is not None:
-                self.statistics.facts["quantize"]["recipe"] = recipe.told
-            for name, before, after in self.of_experts:
-                said = self.statistics.facts[name]
-                self._timed(
-                    name,
-                    lambda b=before, a=after, said=said: lossy.measure_experts(traced, b, a, said),
-                )
-            if lossy.needed(traced):
-                fidelity = self._timed("measure", lambda: lossy.measure(traced, module))
-                self.statistics.facts.setdefault("fix-gates", {}).update(lossy.told)
+            traced = self._timed("trace", self._trace)
+        self.ops = sum(1 for _ in traced.walk())
+        check_model(self.options, self.passes, traced)
+        with one_thread():  # what is measured goes into the manifest
+            module, fidelity = self._transformed(traced, context)
         artifact = self._backend_stages(module)
         files = self.model.files()
         for name, data in sorted(files.items()):
@@ -237,35 +176,45 @@ class _Run:
         self._timed("seal", self.writer.seal)
         return manifest
 
+    def _transformed(
+        self, traced: Module, context: PassContext
+    ) -> tuple[Module, dict[str, Any] | None]:
+        """The module after the passes, and what a lossy compile measured."""
+        if self.options.start is not None and self.options.start[0] == "passes":
+            return traced, None
+        lossy = Lossy(self.options, self.model, self.plan.passes, context, self.progress.part)
+        lossy.check(traced)
+        if calibrates(self.passes):
+            context = replace(context, calibration=lossy.calibration(traced, self.source))
+        if self.options.specialize == "budget":
+            self.passes = self._timed("specialize", lambda: lossy.choose(traced))
+        recipe = self._timed("recipe", lambda: lossy.recipe(traced)) if mixes(self.passes) else None
+        if recipe is not None:
+            context = replace(context, recipe=recipe.schemes)
+        module = self._timed("passes", lambda: self._passes(traced, context))
+        check_compiled(self.options, self.passes, module, self.statistics)
+        if recipe is not None:
+            self.statistics.facts["quantize"]["recipe"] = recipe.told
+        for name, before, after in self.of_experts:
+            said = self.statistics.facts[name]
+            self._timed(
+                name, lambda b=before, a=after, said=said: lossy.measure_experts(traced, b, a, said)
+            )
+        if not lossy.needed(traced, module):
+            return module, None
+        fidelity = self._timed("measure", lambda: lossy.measure(traced, module))
+        self.statistics.facts.setdefault("fix-gates", {}).update(lossy.told)
+        return module, fidelity
+
     def _begin(self) -> None:
         """Start the journal, or go on with it."""
-        journal, backend = self.writer.journal, self.plan.backend
+        journal = self.writer.journal
         if self.options.resume and not journal.started:
             self.progress.note("nothing to resume: compiling from the start")
-        files = self.model.files().items()
-        journal.begin(
-            {
-                "the model": self.model.sha256,
-                **{name: hashlib.sha256(data).hexdigest() for name, data in files},
-                **{f"the option {name}": value for name, value in self.options.told().items()},
-                **{f"the target's {name}": value for name, value in backend.target().items()},
-                **{f"the version of {name}": value for name, value in self._tools().items()},
-                "the version of liquidc": f"{__version__} {source_hash()}",
-                **_held_out(self.model.origin),
-            }
-        )
+        journal.begin(depends_on(self.options, self.model, self.plan.backend))
 
     def _trace(self) -> Module:
-        module = self.model.trace()
-        wanted = self.plan.backend.functions
-        kept = {name: f for name, f in module.functions.items() if name in wanted}
-        if not kept:
-            found = ", ".join(f"@{name}" for name in module.functions)
-            raise InputError(
-                f"the target {self.plan.backend.name} needs @{' or @'.join(wanted)}, "
-                f"the model has {found or 'none'}"
-            )
-        module.functions = kept
+        module = trace_for(self.model, self.plan.backend)
         self._dump("trace", IR_SUFFIX, lambda path: path.write_text(print_module(module)))
         return module
 
@@ -291,29 +240,6 @@ class _Run:
             verify_each=self.options.verify_each,
             after=after,
         )
-
-    def _context(self) -> PassContext:
-        """What the passes may use.
-
-        Raises:
-            InputError: the profile is damaged, or of another model.
-        """
-        path, profile = self.options.profile, None
-        if path is not None:
-            profile = read_profile(path)
-            profile.check_model(self.model.sha256, str(path))
-        machine = None if self.options.machine is None else read_table(self.options.machine)
-        return PassContext(profile, self.source, machine)
-
-    def _read(self, path: Path) -> Module:
-        from liquidc.ir import verify
-
-        try:
-            module = parse_module(path.read_text(encoding="utf-8"), str(path))
-        except UnicodeDecodeError:
-            raise InputError(f"{path}: not UTF-8 text") from None
-        verify(module)
-        return module
 
     def _backend_stages(self, module: Module) -> dict[str, Any]:
         if (hint := self.plan.backend.hint(module, self.options.choices)) is not None:
@@ -369,21 +295,12 @@ class _Run:
             passes=tuple(passes),
             functions=facts.entry_points(module),
             files={},
-            tools=self._tools(),
+            tools=tools(backend),
             cost=cost.cost_info(module),
             artifact=artifact if guard is None else {**artifact, "guard": guard},
             cache=facts.cache_info(module),
             fidelity=fidelity,
         )
-
-    def _tools(self) -> dict[str, str]:
-        import torch
-
-        return {
-            "liquidc": __version__,
-            "torch": torch.__version__,
-            **self.plan.backend.tools(),
-        }
 
     def _report(
         self, manifest: Manifest, module: Module, traced: Module, profile: Profile | None
@@ -410,12 +327,6 @@ class _Run:
         self.options.dump.mkdir(parents=True, exist_ok=True)
         write(self.options.dump / f"{self.dumped:02d}-{name}{suffix}")
         self.dumped += 1
-
-
-def _held_out(origin: Path | None) -> dict[str, str]:
-    """The text that comes with a model, on which a lossy compile is measured."""
-    path = None if origin is None else origin / "heldout.txt"
-    return {} if path is None or not path.is_file() else {path.name: sha256_file(path)}
 
 
 def _build_log(model: ModelInput, stages: Sequence[StageTime], resumed: int, ops: int) -> bytes:

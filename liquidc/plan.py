@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import cast
 
 from liquidc.backends.base import Backend, Choices
 from liquidc.backends.registry import get_backend
+from liquidc.effects import check_plan, check_start, check_without
 from liquidc.engine import sha256_file
 from liquidc.errors import InputError, TargetUnavailable
-from liquidc.passes.quantize import MIXED
+from liquidc.option_text import Named, parse_named
 from liquidc.passes.registry import PROFILED
 from liquidc.passplan import PassPlan, default_passes, plan_passes, profiled_passes
 
@@ -120,7 +120,8 @@ def make_plan(options: CompileOptions) -> Plan:
     """What `options` mean.
 
     Raises:
-        InputError: an unknown target, pass or stage, or a stage that can't be started from.
+        InputError: an unknown target, pass or stage, a stage that can't be started from, or an
+            option that would do nothing.
         TargetUnavailable: the target can't be built here.
     """
     backend = get_backend(options.target)
@@ -128,8 +129,6 @@ def make_plan(options: CompileOptions) -> Plan:
         if asked and name not in backend.choices:
             flag = f"--{name.replace('_', '-')}"
             raise InputError(f"the target {backend.name} has no {flag}: leave it out")
-    passes = plan_passes(_pass_names(options, backend), options.without)
-    _check_mixed(options, passes)
     stages = ("trace", "passes", *(stage.name for stage in backend.stages))
     if options.start is not None:
         name = options.start[0]
@@ -140,54 +139,64 @@ def make_plan(options: CompileOptions) -> Plan:
             raise InputError(f"the stage {name} can't be started from: its artefact has no file")
         if not options.start[1].is_file():
             raise InputError(f"{options.start[1]}: no such file to start from")
+        check_start(options, name)
+    passes: tuple[PassPlan, ...] = ()
+    if options.start is None or options.start[0] != "passes":
+        names, asked = _pass_names(options, backend)
+        passes = plan_passes(names, options.without)
+        check_without(options.without, [bare_name(name) for name in names], asked)
+        check_plan(options, passes)
     reason = backend.availability()
     if reason is not None:
         raise TargetUnavailable(f"the target {backend.name} can't be built here: {reason}")
     return Plan(backend, passes, stages)
 
 
-def _check_mixed(options: CompileOptions, passes: Sequence[PassPlan]) -> None:
-    """A mixed scheme needs something to choose by, and nothing else takes a size or a recipe."""
-    mixed = any(plan.options.get("scheme") == MIXED for plan in passes)
-    asked = (options.recipe, options.target_size)
-    if not mixed and any(value is not None for value in asked):
-        raise InputError("--recipe and --target-size are for --quantize mixed")
-    if mixed and options.max_kl is None and all(value is None for value in asked):
-        raise InputError("--quantize mixed needs --target-size, --max-kl or --recipe")
-
-
-def _pass_names(options: CompileOptions, backend: Backend) -> tuple[str, ...]:
+def _pass_names(options: CompileOptions, backend: Backend) -> tuple[list[str], list[str]]:
+    """The passes to run, as text; and the names of those that were asked for besides `passes`."""
     if options.specialize not in ("", "exact", "budget"):
         raise InputError(f"specialize is exact or budget, not {options.specialize!r}")
     if options.specialize and options.profile is None:
         raise InputError("to specialise a model takes a profile: give one with --profile P.json")
-    names = options.passes
-    added = list(options.add)
-    if names is None:
+    added = [str(parse_named(text, "pass")) for text in options.add]
+    if options.passes is not None:
+        names = list(options.passes)
+    else:
         names = default_passes(backend) if options.profile is None else profiled_passes(backend)
-        given = {name.partition("{")[0] for name in added}
+        given = {bare_name(name) for name in added}
         other = {"order-experts"} if given & set(FEWER_EXPERTS) else set[str]()
-        names = tuple(name for name in names if name not in other | (given & PROFILED.keys()))
+        names = [name for name in names if name not in other | (given & PROFILED.keys())]
     if options.specialize == "exact":
         added.append("specialize-depth")
     if options.specialize == "budget":
-        added += ["fix-gates", "eliminate-dead"]
+        added.append("fix-gates")
     asked = {"quantize-cache": options.quantize_cache, "quantize": options.quantize}
-    if quantising := [_scheme(name, text) for name, text in asked.items() if text]:
+    quantising = [_scheme(name, text) for name, text in asked.items() if text]
+    if quantising:
         # Before a layer's conditional becomes a mask or its tokens are compacted: which tokens run
         # a layer is then still to be seen, and what lowering is best depends on the bytes to read.
         at = names.index("fuse-linear") + 1 if "fuse-linear" in names else len(names)
-        names = (*names[:at], *quantising, *names[at:])
-        names = names if "eliminate-dead" in names[at:] else (*names, "eliminate-dead")
-    if not added:
-        return names
-    bare = [name.partition("{")[0] for name in names]
-    at = max((bare.index(name) + 1 for name in WHOLE if name in bare), default=0)
-    return (*names[:at], *added, *names[at:])
+        names[at:at] = quantising
+        if "eliminate-dead" not in names[at:]:
+            names.append("eliminate-dead")
+    wanted = [bare_name(name) for name in (*added, *quantising)]
+    if options.specialize == "budget":
+        added.append("eliminate-dead")
+    if added:
+        bare = [bare_name(name) for name in names]
+        at = max((bare.index(name) + 1 for name in WHOLE if name in bare), default=0)
+        names[at:at] = added
+    return names, wanted
+
+
+def bare_name(text: str) -> str:
+    """The name of a pass without its options."""
+    return text.partition("{")[0].strip()
 
 
 def _scheme(name: str, text: str) -> str:
     """The pass for a scheme with options, `int4{block=64}`."""
-    scheme, brace, rest = text.partition("{")
-    options = rest.removesuffix("}")
-    return f"{name}{{scheme={scheme}{',' if brace and options else ''}{options}}}"
+    given = parse_named(text, "scheme")
+    if "scheme" in given.options:
+        raise InputError(f"{text!r}: the scheme is {given.name} already; leave scheme= out")
+    return str(Named(name, {"scheme": given.name, **given.options}))

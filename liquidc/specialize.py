@@ -15,6 +15,7 @@ import numpy as np
 
 from liquidc import facts, lossy, mixed
 from liquidc.calibrated import CalibratedSource
+from liquidc.effects import calibrates, mixes
 from liquidc.errors import CheckFailed, InputError, InternalError
 from liquidc.fidelity import LogitMetrics
 from liquidc.heldout import MOST, HeldOutText, Report, Scorer, read_text
@@ -24,7 +25,9 @@ from liquidc.ir.rewriter import Statistics
 from liquidc.ir.weights import WeightSource
 from liquidc.mixed import Recipe, read_recipe
 from liquidc.passes.base import PassContext
-from liquidc.passes.quantize import MIXED, Quantize
+from liquidc.passes.fix_depth import PATH
+from liquidc.passes.quantize import Quantize
+from liquidc.passes.registry import is_lossy
 from liquidc.passes.stream import Calibration
 from liquidc.passplan import PassPlan, plan_passes, run_passes
 from liquidc.plan import CompileOptions
@@ -103,7 +106,8 @@ def measure(
 ) -> dict[str, Any]:
     """What a lossy compile changed: KL(before || after), top-1, bits per byte, decisions.
 
-    Both run freely: a decision that differs changes what later layers see.
+    Both run freely: a decision that differs changes what later layers see. Token ids stand for no
+    bytes: their bits per byte are None. So are `gate_flips` in a model without gates.
 
     Args:
         before: the model after exact passes only.
@@ -114,7 +118,7 @@ def measure(
     """
     old, new, metrics = Scorer(before, source), Scorer(after, source), LogitMetrics()
     decisions = flips = 0
-    for number, (window, size) in enumerate(zip(text.windows, text.bytes, strict=True)):
+    for number, (window, size) in enumerate(zip(text.windows, text.sizes, strict=True)):
         report("windows", number, len(text.windows))
         (theirs, wanted), (ours, made) = old.decided(window), new.decided(window)
         metrics.add(ours, theirs)
@@ -131,21 +135,21 @@ def measure(
         "top1_agreement": found["top1_agreement"],
         "bits_per_byte": found["bits_per_byte"],
         "bits_per_byte_original": found["bits_per_byte_reference"],
-        "gate_flips": flips / decisions if decisions else 0.0,
+        "gate_flips": flips / decisions if decisions else None,
     }
 
 
 def measure_paths(
     module: Module, source: WeightSource, text: HeldOutText, paths: Sequence[str]
-) -> dict[str, dict[str, float]]:
+) -> dict[str, dict[str, float | None]]:
     """What it would cost to run every token on one depth path, whatever its gates decide."""
     scorer = Scorer(module, source)
     original = [scorer.logits(window) for window in text.windows]
-    found: dict[str, dict[str, float]] = {}
+    found: dict[str, dict[str, float | None]] = {}
     for path in paths:
         metrics = LogitMetrics()
         force = [1 if digit == "1" else -1 for digit in path]
-        for window, size, theirs in zip(text.windows, text.bytes, original, strict=True):
+        for window, size, theirs in zip(text.windows, text.sizes, original, strict=True):
             ours = scorer.logits(window, force)
             metrics.add(ours, theirs)
             metrics.add_text(ours[:-1], theirs[:-1], np.array(window[1:], np.int64), size)
@@ -153,6 +157,11 @@ def measure_paths(
         keys = ("kl_nats", "top1_agreement", "bits_per_byte", "bits_per_byte_reference")
         found[path] = {key: told[key] for key in keys}
     return found
+
+
+def paths_of(module: Module) -> list[str]:
+    """The depth paths for which a module has functions of their own."""
+    return [name.removeprefix(PATH) for name in module.functions if name.startswith(PATH)]
 
 
 class Lossy:
@@ -186,24 +195,40 @@ class Lossy:
         if self._budget is None and options.specialize == "budget":
             self._budget = DEFAULT_MAX_KL
         self._read: HeldOutText | None = None
+        self._calibrated_on: HeldOutText | None = None
 
-    def needed(self, traced: Module) -> bool:
+    def check(self, traced: Module) -> None:
+        """Read the files that will be needed, before anything is computed.
+
+        Raises:
+            InputError: text is missing, too short or the wrong one, or a recipe is none.
+        """
+        if self._options.recipe is not None:
+            read_recipe(self._options.recipe)
+        if calibrates(self._passes):
+            self.calibration_text(traced)
+        chooses = self._options.specialize == "budget" or (
+            mixes(self._passes) and self._options.recipe is None
+        )
+        if chooses or self._options.data is not None or self.needed(traced, traced):
+            self.text(traced)
+
+    def needed(self, traced: Module, module: Module) -> bool:
         """Whether there is anything to measure, and text or a budget to do it.
 
         Measuring holds the weights in memory, as floats of 32 bits: of a large model it is done
         only if it is asked for.
+
+        Args:
+            traced: the model before the passes.
+            module: after them.
         """
-        lossy = {plan.name for plan in self._passes if plan.instance.contract == "lossy"}
+        lossy = {plan.name for plan in self._passes if is_lossy(plan.name)}
         if lossy - UNASKED or (lossy and self._budget is not None):
             return True
         size = facts.total_bytes(expr.type for expr in traced.weights.values())
         asked = self._options.data is not None or size <= MEASURED
-        return bool(lossy or self._fixes_depth) and self._has_text and asked
-
-    @property
-    def _fixes_depth(self) -> bool:
-        names = [plan.name for plan in self._passes]
-        return "fix-depth" in names and self._context.profile is not None
+        return bool(lossy or paths_of(module)) and self._has_text and asked
 
     @property
     def _has_text(self) -> bool:
@@ -219,7 +244,7 @@ class Lossy:
         """
         profile = self._context.need_profile("fix-gates")
         before = self._exact(traced)
-        text = self._text(traced).half(0)
+        text = self.text(traced).half(0)
         digits, trials = choose_gates(
             before, self._weights, text, profile, self._budget or 0.0, self._report
         )
@@ -235,11 +260,13 @@ class Lossy:
             CheckFailed: more than the budget.
             InputError: there is no text to measure on.
         """
-        text = self._text(traced).half(1)
-        paths = [name.removeprefix("path_") for name in after.functions if name.startswith("path_")]
-        if paths:
-            return {"paths": measure_paths(self._exact(traced), self._weights, text, paths)}
-        found = measure(self._exact(traced), after, self._weights, text, self._report)
+        text = self.text(traced).half(1)
+        before, found = self._exact(traced), dict[str, Any]()
+        if paths := paths_of(after):
+            found["paths"] = measure_paths(before, self._weights, text, paths)
+        if not any(is_lossy(plan.name) for plan in self._passes):
+            return found
+        found |= measure(before, after, self._weights, text, self._report)
         budget, cost = self._budget, found["kl_nats"]
         if budget is not None and not cost <= budget:
             raise CheckFailed(
@@ -254,14 +281,9 @@ class Lossy:
         Raises:
             InputError: there is no text to measure on.
         """
-        text = self._text(traced).half(1)
+        text = self.text(traced).half(1)
         errors = lossy.measure(before, after, self._weights, text.windows)
         lossy.note(errors, said)
-
-    @property
-    def mixes(self) -> bool:
-        """Whether a pass needs a recipe."""
-        return any(plan.options.get("scheme") == MIXED for plan in self._passes)
 
     def recipe(self, traced: Module) -> Recipe:
         """The scheme of each weight.
@@ -272,7 +294,7 @@ class Lossy:
         options = self._options
         if options.recipe is not None:
             return read_recipe(options.recipe)
-        at = next(n for n, p in enumerate(self._passes) if p.options.get("scheme") == MIXED)
+        at = next(n for n, plan in enumerate(self._passes) if mixes([plan]))
         module = run_passes(traced, self._passes[:at], Statistics(), context=self._context)
         quantize = self._passes[at].instance
         if not isinstance(quantize, Quantize):
@@ -280,19 +302,12 @@ class Lossy:
         return mixed.choose(
             module,
             self._weights,
-            self._text(traced).half(0),
+            self.text(traced).half(0),
             quantize,
             target_size=options.target_size,
             max_kl=options.max_kl,
             report=self._report,
         )
-
-    @property
-    def calibrates(self) -> bool:
-        """Whether a pass needs text to calibrate on."""
-        names = {plan.name for plan in self._passes}
-        methods = {plan.options.get("method") for plan in self._passes}
-        return "gptq" in methods or "quantize-cache" in names
 
     def calibration(self, traced: Module, source: CalibratedSource) -> Calibration:
         """What passes calibrate with.
@@ -300,32 +315,51 @@ class Lossy:
         Raises:
             InputError: there is no text, or it is the one that the compile is measured on.
         """
+        text = self.calibration_text(traced)
+        return Calibration(text.windows, text.sha256, source, source, self._report)
+
+    def calibration_text(self, traced: Module) -> HeldOutText:
+        """The text to calibrate on, in windows of the model's context.
+
+        Raises:
+            InputError: there is none, it can't be used, or the compile is measured on it.
+        """
+        if self._calibrated_on is not None:
+            return self._calibrated_on
         path = self._options.calibration
         if path is None:
             raise InputError("passes calibrate on text: give it with --calibration FILE")
         text = self._windows(traced, path, None, CALIBRATED)
-        known = facts.model_info(traced, "", "").vocabulary
-        if wrong := [i for window in text.windows for i in window if not 0 <= i < known]:
-            raise InputError(f"{path}: token {wrong[0]} is not in the vocabulary of {known}")
-        if self._has_text and self._text(traced).sha256 == text.sha256:
+        self._check_ids(traced, path, text)
+        if self._has_text and self.text(traced).sha256 == text.sha256:
             raise InputError(f"{path}: the compile is measured on it; calibrate on other text")
-        return Calibration(text.windows, text.sha256, source, source, self._report)
+        self._calibrated_on = text
+        return text
 
     def _exact(self, traced: Module) -> Module:
         """The model after all passes that change nothing, each function one of the model's."""
-        plan = [p for p in self._passes if p.instance.contract != "lossy" and p.name != "fix-depth"]
+        plan = [p for p in self._passes if not is_lossy(p.name) and p.name != "fix-depth"]
         return run_passes(traced, plan, Statistics(), context=self._context)
 
-    def _text(self, traced: Module) -> HeldOutText:
+    def text(self, traced: Module) -> HeldOutText:
+        """The held-out text, in windows of the model's context.
+
+        Raises:
+            InputError: there is none, or it can't be used.
+        """
         if self._read is None:
             origin = self._model.origin
             path = self._options.data or (None if origin is None else origin / "heldout.txt")
             if path is None:
                 raise InputError("a lossy compile is measured on text: give it with --data FILE")
             self._read = self._windows(traced, path, self._context.profile)
-            if not self._read.bytes:
-                raise InputError(f"{path}: a lossy compile is measured on text, not on token ids")
+            self._check_ids(traced, path, self._read)
         return self._read
+
+    def _check_ids(self, traced: Module, path: Path, text: HeldOutText) -> None:
+        known = facts.model_info(traced, "", "").vocabulary
+        if wrong := [i for window in text.windows for i in window if not 0 <= i < known]:
+            raise InputError(f"{path}: token {wrong[0]} is not in the vocabulary of {known}")
 
     def _windows(
         self, traced: Module, path: Path, profile: Profile | None, most: int = MOST

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from liquidc.cli.output import bytes_text, emit_json, json_option, table
+from liquidc.cli.output import bytes_text, emit_json, fidelity_text, json_option, table
 
 if TYPE_CHECKING:
     from liquidc.manifest import GateInfo, Manifest
@@ -140,9 +140,7 @@ def _few_bits(manifest: Manifest) -> list[tuple[str, str]]:
     rows = [("weights", text)]
     found = manifest.fidelity
     if found is not None and "kl_nats" in found:
-        bits = (f"{found[key]:.4f}" for key in ("bits_per_byte", "bits_per_byte_original"))
-        text = f"KL {found['kl_nats']:.3g} nats, top-1 {found['top1_agreement']:.2%}, "
-        rows.append(("measured", f"{text}bits per byte {' against '.join(bits)}"))
+        rows.append(("measured", fidelity_text(found)))
     return rows
 
 

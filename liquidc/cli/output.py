@@ -128,6 +128,19 @@ def bytes_text(size: float) -> str:
     return ""
 
 
+def fidelity_text(found: dict[str, Any]) -> str:
+    """What a lossy compile changed, as a manifest tells it, without what does not apply."""
+    told = [f"KL {found['kl_nats']:.3g} nats", f"top-1 {found['top1_agreement']:.2%}"]
+    if found["bits_per_byte"] is not None:
+        told.append(
+            f"bits per byte {found['bits_per_byte']:.4f} against "
+            f"{found['bits_per_byte_original']:.4f}"
+        )
+    if found["gate_flips"] is not None:
+        told.append(f"gates decide otherwise {found['gate_flips']:.2%} of the time")
+    return ", ".join(told)
+
+
 def parse_bytes(text: str, option: str) -> int:
     """What an option says, as bytes: 1 kB is 1000 of them.
 

@@ -33,7 +33,7 @@ def command(as_json: bool) -> None:
                 "needs": None if reason else backend.target(),
                 "summary": backend.summary,
                 "stages": [stage.name for stage in backend.stages],
-                "passes": list(default_passes(backend)),
+                "passes": default_passes(backend),
             }
         )
     if as_json:

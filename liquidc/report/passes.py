@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from liquidc.passes.registry import is_lossy
 from liquidc.report.parts import escape, facts_html, number, percent, size, squares, table, tag
 
 Data = dict[str, Any]
@@ -62,7 +63,12 @@ def fidelity_section(data: Data) -> str:
     """What a lossy compile measured."""
     found: Data | None = data["fidelity"]
     if found is None:
-        text = "No lossy pass ran: results differ from the model's by rounding at most."
+        lossy = [entry["name"] for entry in data["passes"] if is_lossy(entry["name"])]
+        text = (
+            f"What {' and '.join(lossy)} changed was not measured: compile with held-out text."
+            if lossy
+            else "No lossy pass ran: results differ from the model's by rounding at most."
+        )
         return tag("p", text, cls="dim")
     rows = [
         [name, _value(key, found[key])]

@@ -202,8 +202,27 @@ def test_a_cache_of_codes(
     ):
         wrong.write_text(text)
         refused(2, message, *common, "-o", tmp_path / "no", "--calibration", wrong)
-    measured = (model_directory, "-o", tmp_path / "no", "--quantize", "int8", "--data", ids)
-    refused(2, "measured on text, not on token ids", *measured)
+
+
+def test_token_ids_measure_a_model_without_a_tokenizer(
+    model_directory: Path, tmp_path: Path
+) -> None:
+    """They stand for no bytes of text, so that there are no bits per byte."""
+    model = tmp_path / "model"
+    shutil.copytree(model_directory, model)
+    (model / "tokenizer.json").unlink()
+    ids, out = tmp_path / "ids.json", tmp_path / "engine"
+    ids.write_text(json.dumps([(7 * i * i) % 61 for i in range(256)]))
+    common = ("--target", "null", "--quantize", "int8", "--data", ids)
+    told = call("compile", model, "-o", out, *common).stdout
+    assert "on 128 held-out tokens: KL" in told
+    assert "bits per byte" not in told
+    found = json.loads((out / MANIFEST).read_bytes())["fidelity"]
+    assert found["kl_nats"] > 0
+    assert found["bits_per_byte"] is found["bits_per_byte_original"] is None
+    assert "bits per byte" not in call("inspect", out).stdout
+    ids.write_text(json.dumps([300] * 256))
+    refused(2, "token 300 is not in the vocabulary", model, "-o", tmp_path / "no", *common)
 
 
 def test_a_large_model_is_measured_only_if_asked(

@@ -111,7 +111,7 @@ def test_an_expected_path_is_tried_and_counted(
     texts: list[str] = []
     for name, *more in (("plain",), ("tried", "--add-pass", "specialize-depth{hot=0}")):
         out = tmp_path / name
-        options = ("--profile", profile, "--target", target, "--data", held_out, *more)
+        options = ("--profile", profile, "--target", target, *more)
         ok("compile", model_directory, "-o", out, *options)
         told = ok("run", out, "--prompt", "One times", "--max-new-tokens", 12)
         texts.append(told["text"])
