@@ -122,6 +122,25 @@ class EngineWriter:
         if not os.access(parent, os.W_OK | os.X_OK):
             raise InputError(f"{parent}: can't be written (permission denied)")
 
+    def look(self) -> Journal | None:
+        """The journal of a killed compile that `resume` would continue; nothing is changed.
+
+        Raises:
+            InputError: the output can't be written, or another compile is writing there.
+        """
+        self.check()
+        if not self.path.exists():
+            return None
+        left = os.listdir(self.path)
+        if left and MARK not in left and not _is_engine(self.path):
+            raise InputError(f"{self.path}: in the way and not ours; move it elsewhere")
+        os.close(_lock(self.path))
+        if not self.resume or MARK not in left:
+            return None
+        journal = Journal(self.path / MARK)
+        journal.load(repair=False)
+        return journal if journal.started else None
+
     def __enter__(self) -> Self:
         self._signals.__enter__()
         try:

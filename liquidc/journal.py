@@ -54,8 +54,17 @@ class Journal:
         """Whether something is complete."""
         return any(self._pieces.values())
 
-    def load(self) -> None:
-        """Read what a killed compile wrote; what follows a damaged line is cut off."""
+    @property
+    def noted(self) -> int:
+        """Bytes of files that are noted as complete; their hashes are not checked."""
+        return sum(pieces[-1].end for pieces in self._pieces.values() if pieces)
+
+    def load(self, *, repair: bool = True) -> None:
+        """Read what a killed compile wrote.
+
+        Args:
+            repair: cut off what follows a damaged line.
+        """
         lines = self._path.read_bytes().splitlines(keepends=True)
         valid = 0
         for line in lines:
@@ -66,7 +75,8 @@ class Journal:
             except ValueError:
                 break
             valid += len(line)
-        os.truncate(self._path, valid)
+        if repair:
+            os.truncate(self._path, valid)
 
     def _take(self, entry: Any) -> None:
         if self._key is None:
@@ -93,8 +103,17 @@ class Journal:
         if self._key is None:
             self._key = dict(key)
             self._append({"format": FORMAT, "key": self._key})
-        for name in sorted(self._key.keys() | key.keys()):
-            was, now = (known.get(name, "none") for known in (self._key, key))
+        self.check(key)
+
+    def check(self, key: Mapping[str, str]) -> None:
+        """Compare what the engine's bytes depend on with what was read.
+
+        Raises:
+            InputError: something is not what it was.
+        """
+        before = self._key or {}
+        for name in sorted(before.keys() | key.keys()):
+            was, now = (known.get(name, "none") for known in (before, key))
             if was != now:
                 raise InputError(
                     f"{self._directory}: can't be continued, for {name} was {_short(was)} and is "

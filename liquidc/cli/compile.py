@@ -12,6 +12,7 @@ from liquidc.cli.output import (
     StageProgress,
     bytes_text,
     emit_json,
+    fidelity_text,
     json_option,
     parse_bytes,
     table,
@@ -52,12 +53,8 @@ Examples:
     "--data", type=click.Path(path_type=Path), help="Held-out text; default: MODEL/heldout.txt."
 )
 @click.option("--profile", type=click.Path(path_type=Path), help="Of this model, for the passes.")
-@click.option(
-    "--quantize", default="", metavar="SCHEME", help="int8, int4, fp8 or mixed; int4{block=64}."
-)
-@click.option(
-    "--quantize-cache", default="", metavar="SCHEME", help="Keys and values in few bits: int8."
-)
+@click.option("--quantize", metavar="SCHEME", help="int8, int4, fp8 or mixed; int4{block=64}.")
+@click.option("--quantize-cache", metavar="SCHEME", help="Keys and values in few bits: int8.")
 @click.option(
     "--calibration",
     type=click.Path(path_type=Path),
@@ -96,7 +93,11 @@ Examples:
 @click.option("--dump-dir", type=click.Path(path_type=Path), help="Write each stage's artefact.")
 @click.option("--start-from", metavar="STAGE=FILE", help="Take a stage's artefact from a file.")
 @click.option("--stats", is_flag=True, help="Show how often each rewrite rule fired.")
-@click.option("--dry-run", is_flag=True, help="Show the plan, write nothing.")
+@click.option(
+    "--dry-run",
+    is_flag=True,
+    help="Check everything, estimate size, memory and time, and write nothing.",
+)
 @click.option("--force", is_flag=True, help="Replace the engine if there is one.")
 @click.option(
     "--resume",
@@ -115,8 +116,8 @@ def command(
     max_kl: float | None,
     data: Path | None,
     profile: Path | None,
-    quantize: str,
-    quantize_cache: str,
+    quantize: str | None,
+    quantize_cache: str | None,
     portable_weights: bool,
     fused_experts: bool,
     calibration: Path | None,
@@ -140,18 +141,18 @@ def command(
     if output is None and not dry_run:
         raise click.UsageError("Missing option '-o' / '--output'.", click.get_current_context())
     from liquidc import lossy, mixed
-    from liquidc.passplan import split_passes
+    from liquidc.option_text import split_list
     from liquidc.pipeline import compile_model
     from liquidc.plan import CompileOptions
 
     options = CompileOptions(
         target=target,
-        passes=None if passes is None else split_passes(passes),
+        passes=None if passes is None else split_list(passes),
         without=no_pass,
         add=add_pass,
         profile=profile,
-        quantize=quantize,
-        quantize_cache=quantize_cache,
+        quantize=_scheme(quantize, "--quantize"),
+        quantize_cache=_scheme(quantize_cache, "--quantize-cache"),
         portable_weights=portable_weights,
         fused_experts=fused_experts,
         calibration=calibration,
@@ -220,12 +221,7 @@ def command(
 def _show_fidelity(found: dict[str, Any] | None, *, quantized: bool) -> None:
     """What a lossy compile changed on held-out text."""
     if found is not None and "kl_nats" in found:
-        click.echo(
-            f"on {found['tokens']} held-out tokens: KL {found['kl_nats']:.3g} nats, top-1 "
-            f"{found['top1_agreement']:.2%}, bits per byte {found['bits_per_byte']:.4f} against "
-            f"{found['bits_per_byte_original']:.4f}, gates decide otherwise "
-            f"{found['gate_flips']:.2%} of the time"
-        )
+        click.echo(f"on {found['tokens']} held-out tokens: {fidelity_text(found)}")
     elif quantized and found is None:
         click.echo("not measured on held-out text; give some with --data FILE to have it measured")
 
@@ -238,6 +234,14 @@ def show_statistics(statistics: Statistics, *, as_json: bool, stderr: bool = Fal
     table("", ["rule", "fired"], rows or [["(none)", "0"]], stderr=stderr)
 
 
+def _scheme(text: str | None, option: str) -> str:
+    if text is not None and not text.strip():
+        raise click.BadParameter(
+            "a scheme is missing", click.get_current_context(), param_hint=option
+        )
+    return text or ""
+
+
 def _start(text: str) -> tuple[str, Path]:
     stage, equals, file = text.partition("=")
     if not (stage and equals and file):
@@ -248,14 +252,10 @@ def _start(text: str) -> tuple[str, Path]:
 
 
 def _show_plan(model: Path, output: Path | None, options: CompileOptions, *, as_json: bool) -> None:
-    from liquidc.engine import EngineWriter
-    from liquidc.pipeline import open_model
-    from liquidc.plan import make_plan
+    from liquidc.dryrun import dry_run
 
-    if output is not None:
-        EngineWriter(output, force=options.force).check()
-    plan = make_plan(options)
-    opened = open_model(model)
+    found = dry_run(model, output, options)
+    plan, opened, takes = found.plan, found.model, found.estimate
     if as_json:
         emit_json(
             {
@@ -267,14 +267,25 @@ def _show_plan(model: Path, output: Path | None, options: CompileOptions, *, as_
                 "stages": list(plan.stages),
                 "passes": [p.text for p in plan.passes],
                 "copied": sorted(opened.files()),
+                "estimate": asdict(takes),
+                "bytes_to_resume": found.resumed,
             }
         )
         return
     target = ", ".join(f"{value}" for value in plan.backend.target().values())
+    most = "at most " if takes.at_most else ""
     click.echo(f"model     {model} ({opened.type})")
     click.echo(f"target    {target}")
     click.echo(f"functions {', '.join(f'@{name}' for name in plan.backend.functions)}")
     click.echo(f"stages    {' → '.join(plan.stages)}")
     click.echo(f"passes    {' → '.join(p.text for p in plan.passes) or '(none)'}")
     click.echo(f"copied    {', '.join(sorted(opened.files()))}")
+    if found.resumed:
+        click.echo(f"resumed   {bytes_text(found.resumed)} that a killed compile completed")
+    click.echo(
+        f"estimate  engine {most}{bytes_text(takes.engine_bytes)} "
+        f"({bytes_text(takes.weights_bytes)} of weights), peak memory "
+        f"{bytes_text(takes.peak_memory_bytes)}, {takes.seconds:.0f} s at rates measured on "
+        f"{takes.measured_on}"
+    )
     click.echo("nothing was written")

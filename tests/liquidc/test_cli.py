@@ -186,6 +186,7 @@ def test_a_dry_run_writes_nothing(model: Path, tmp_path: Path) -> None:
     assert plan["stages"] == ["trace", "passes", "link", "engine"]
     assert plan["model_type"] == "liquid"
     assert plan["copied"] == ["config.json", "tokenizer.json"]
+    assert plan["bytes_to_resume"] == 0
     result = call("compile", model, "--target", "null", "--dry-run", "--no-pass", "compact-tokens")
     assert result.exit_code == 0
     assert "nothing was written" in result.stdout

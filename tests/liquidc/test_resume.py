@@ -203,11 +203,25 @@ def test_another_compile_does_not_continue_it(
     assert contents(partial) == before
 
 
+def test_a_dry_run_says_whether_it_can_be_continued(
+    partial: Path, model_directory: Path, tmp_path: Path
+) -> None:
+    before = contents(partial)
+    command = (*arguments(model_directory, tmp_path / "engine", "floats"), "--dry-run")
+    told = call(*command, "--resume", "--json")
+    assert told.exit_code == 0, told.output
+    assert json.loads(told.stdout)["bytes_to_resume"] > 0
+    assert "that a killed compile completed" in call(*command, "--resume").stdout
+    assert json.loads(call(*command, "--json").stdout)["bytes_to_resume"] == 0
+    refused("can't be continued", *command, "--resume", "--quantize", "int8")
+    assert contents(partial) == before
+
+
 def test_another_version_does_not_continue_it(
     partial: Path, model_directory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert (partial / SCRATCH).exists() is False
-    monkeypatch.setattr("liquidc.pipeline.source_hash", lambda: "0" * 64)
+    monkeypatch.setattr("liquidc.prepare.source_hash", lambda: "0" * 64)
     options = CompileOptions(target="null", resume=True)
     with pytest.raises(InputError, match="the version of liquidc was"):
         compile_model(model_directory, tmp_path / "engine", options)
