@@ -65,6 +65,9 @@ def command(
     if depth_bias is not None:
         _sweep(engine, _biases(depth_bias), data, min_depth, cached, steps, turns, threads, as_json)
         return
+    for option, given in (("--data", data is not None), ("--min-depth", min_depth > 0)):
+        if given:
+            raise click.UsageError(f"{option} is for --depth-bias", click.get_current_context())
     options = BenchOptions(
         levels=_parse(levels), cached=cached, steps=steps, turns=turns, prompt=prompt
     )
