@@ -21,12 +21,6 @@ def _kept_traces() -> Iterator[None]:
         yield
 
 
-@pytest.fixture
-def cold_traces(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Trace anew, where tracing is what is tested."""
-    monkeypatch.setattr(PartTracer, "export", traces.export)
-
-
 SPREAD = ("generator/test_properties", "passes/test_mutations")
 """Files whose tests share nothing and take long: they go to any process."""
 

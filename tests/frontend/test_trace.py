@@ -11,12 +11,15 @@ import torch
 
 from liquidc.frontend.config import LiquidConfig
 from liquidc.frontend.model import LiquidForCausalLM
+from liquidc.frontend.parts import PartTracer
 from liquidc.frontend.trace import trace
 from liquidc.ir import Module, parse_module, print_module, verify
 from liquidc.ir.interpreter import Interpreter
 from tests.oracle.drive import Arrays, drive
+from tests.oracle.engines import model as built
 from tests.oracle.grid import Case, edge_cases, grid
 from tests.oracle.reference import assert_matches, reference, tolerance
+from tests.traces import export
 
 CASES = {case.name: case for case in (*grid(), *edge_cases())}
 
@@ -73,3 +76,13 @@ def test_interpreted_trace_matches_the_oracle(name: str) -> None:
     expected = reference(case)[0]
     outputs = drive(case, expected.batch, stepper(single, "prefill"))
     assert_matches(expected, outputs, tolerance(case.config))
+
+
+def test_kept_exports_give_the_same_ir(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the tests' memory of exports rests on; the devices differ too."""
+    case = CASES[next(iter(CASES))]
+    kept = print_module(trace(built(case)))
+    assert print_module(traced(case)) == kept
+    monkeypatch.setattr(PartTracer, "export", export)
+    assert print_module(traced(case)) == kept
+    assert print_module(trace(built(case))) == kept
