@@ -15,7 +15,7 @@ import pytest
 from click.testing import CliRunner, Result
 
 from liquidc.cli.main import VERBS, cli
-from liquidc.manifest import MANIFEST
+from liquidc.manifest import MANIFEST, SCHEMA
 from liquidc.version import __version__
 from tests.liquidc.conftest import CONFIG, save_model
 from tests.liquidc.test_manifest import sealed
@@ -309,7 +309,7 @@ def test_an_engine_that_is_wrong_is_2(engine: Path, verb: list[str], what: str) 
             message = "surprise"
         case "newer":
             (engine / MANIFEST).write_bytes(sealed({"schema": 99}))
-            message = "schema 99 is newer than 1"
+            message = f"schema 99 is newer than {SCHEMA}"
         case _:
             shutil.rmtree(engine)
             message = "no such engine"
@@ -486,7 +486,7 @@ def test_inspect(null_engine: Path) -> None:
     result = ok("inspect", null_engine)
     assert result["target"] == {"name": "null", "format": "1"}
     assert result["model"]["layers"] == 4
-    assert result["engine_schema"] == 1
+    assert result["engine_schema"] == SCHEMA
     plain = call("inspect", null_engine)
     assert plain.exit_code == 0
     for part in ("weights.bin", "@prefill", "gate_force", "2 of 4", "p > 0.5", "always runs"):
