@@ -36,3 +36,16 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         path = item.nodeid.partition("::")[0]
         if not any(name in path for name in SPREAD):
             item.add_marker(pytest.mark.xdist_group(named[0] if named else path))
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """`--update-golden`."""
+    parser.addoption(
+        "--update-golden", action="store_true", help="write tests/golden anew; see git diff"
+    )
+
+
+@pytest.fixture
+def update_golden(pytestconfig: pytest.Config) -> bool:
+    """Whether golden files are written instead of compared."""
+    return bool(pytestconfig.getoption("--update-golden"))
