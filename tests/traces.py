@@ -6,6 +6,7 @@ with an attribute that is compared by identity is traced anew: its contents may 
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Hashable
 from copy import copy
 from typing import Any
@@ -27,6 +28,7 @@ def kept(self: PartTracer, part: Traced, args: Any) -> Graph:
     if key not in _KEPT:
         graph = export(self, part, args)
         _KEPT[key] = graph, copy(part.noted) if isinstance(part, LayerCall) else None
+        gc.freeze()  # or every full collection looks at all graphs again
     graph, noted = _KEPT[key]
     if isinstance(part, LayerCall) and noted is not None:
         part.noted = copy(noted)

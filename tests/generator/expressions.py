@@ -14,7 +14,7 @@ from tests.generator.build import WIDTH, Builder
 
 Case = Callable[[Builder, Value], Value]
 
-BOUNDED = (ops.Neg, ops.Tanh, ops.Sigmoid, ops.ReLU, ops.SiLU)
+BOUNDED = (ops.Neg, ops.Tanh, ops.Sigmoid, ops.ReLU, ops.SiLU, ops.Sin, ops.Cos)
 COMPARE = (ops.Eq, ops.Ne, ops.Lt, ops.Le, ops.Gt, ops.Ge)
 HALF = WIDTH // 2
 
