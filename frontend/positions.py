@@ -6,6 +6,8 @@ position, such as learned positions, does.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 from liquidc.errors import ConfigError
 from liquidc.ir import Dim, DType, Function, Module, Op, Value, ops
 from liquidc.ir.weights import sizes
@@ -76,17 +78,20 @@ def _dim(op: Op) -> int:
 
 def _counts(value: Value, function: Function) -> bool:
     """Whether a value depends on the positions of tokens."""
+    return any(_is_position(v, function) for v in _made_of(value))
+
+
+def _made_of(value: Value) -> Iterator[Value]:
+    """An integer, and the integers that it is computed from."""
     stack, seen = [value], set[Value]()
     while stack:
         value = stack.pop()
         if value in seen:
             continue
         seen.add(value)
-        if _is_position(value, function):
-            return True
+        yield value
         if value.op is not None and value.dtype in INTEGERS:
             stack += value.op.operands
-    return False
 
 
 def _is_position(value: Value, function: Function) -> bool:
@@ -96,6 +101,11 @@ def _is_position(value: Value, function: Function) -> bool:
 
 def _is_counted(value: Value) -> bool:
     return value.name == "positions" and value.dtype is DType.I64
+
+
+def _moves(value: Value) -> bool:
+    """Whether a value depends on a position, or on any count."""
+    return any(_is_counted(v) or isinstance(v.op, ops.Iota) for v in _made_of(value))
 
 
 def _row(value: Value, position: int) -> int | None:
@@ -109,8 +119,8 @@ def _row(value: Value, position: int) -> int | None:
         return _row(op.operands[0], position)
     if isinstance(op, ops.Add | ops.Sub | ops.Minimum | ops.Maximum):
         a, b = _row(op.a, position), _row(op.b, position)
-        if a is None or b is None:
-            return None
+        if a is None or b is None or (_moves(op.a) and _moves(op.b)):
+            return None  # of two positions: a distance
         if isinstance(op, ops.Add | ops.Sub):
             return a + b if isinstance(op, ops.Add) else a - b
         return min(a, b) if isinstance(op, ops.Minimum) else max(a, b)

@@ -83,6 +83,21 @@ class Plain(nn.Module):
         return F.linear(x, self.tokens.weight)
 
 
+class Relative(nn.Module):
+    """A table that is read by the distance of two tokens."""
+
+    def __init__(self, config: Any = None) -> None:
+        super().__init__()
+        self.tokens, self.table = nn.Embedding(61, WIDTH), nn.Embedding(ROWS, 1)
+        if config is not None:
+            self.config = config
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        x, at = self.tokens(input_ids), torch.arange(input_ids.shape[1])
+        distance = at.unsqueeze(1) - at.unsqueeze(0) + ROWS // 2
+        return F.linear(self.table(distance).squeeze(-1) @ x, self.tokens.weight)
+
+
 def named(context: int) -> Any:
     return SimpleNamespace(to_dict=lambda: {"max_position_embeddings": context})
 
@@ -101,6 +116,7 @@ def context(module: nn.Module) -> object:
         (Learned(named(7)), 7),
         (Clamped(named(99)), 99),
         (Wrapped(named(99)), 99),
+        (Relative(named(6)), 6),
     ],
 )
 def test_the_context(module: nn.Module, wanted: int) -> None:
@@ -112,6 +128,7 @@ def test_the_context(module: nn.Module, wanted: int) -> None:
     [
         (Learned(named(13)), "a table of 12 rows is read by position.*must be at most 12"),
         (Shifted(named(11)), "max_position_embeddings is 11; it must be at most 10"),
+        (Relative(), "name the context as max_position_embeddings of the module's config"),
         (Wrapped(), "name the context as max_position_embeddings of the module's config"),
     ],
 )
