@@ -16,6 +16,8 @@ DATA = (
 
 _INNER = re.compile(r"with fake tensors: .* got \w+\((?P<quote>['\"])(?P<text>.+?)(?P=quote)\)")
 """How the tracer of arms tells an operator's own error."""
+_CHANGED = re.compile(r"submodule `(?:part\.)?(?P<path>[\w.]+)`: .* is not an instance of")
+"""How torch.export fails to restore an attribute of the class that forward assigned to."""
 
 
 def reason(error: Exception) -> str:
@@ -31,6 +33,11 @@ def _why(error: BaseException) -> str:
         return DATA
     if "is not functional" in str(error):
         return "an arm of a conditional changes an operand in place: clone it first"
+    if changed := _CHANGED.search(str(error)):
+        return (
+            f"forward changes the attribute {changed['path']}: an engine keeps no state from call "
+            "to call; compute it from the inputs"
+        )
     if error.__cause__ is not None:
         return _why(error.__cause__)
     if inner := _INNER.search(str(error)):

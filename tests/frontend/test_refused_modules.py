@@ -365,3 +365,14 @@ def test_other_things_than_modules(tmp_path: Path) -> None:
     locked.lock = threading.Lock()  # pyright: ignore[reportAttributeAccessIssue]
     with pytest.raises(UnsupportedError, match="Sequential can't be copied to be traced"):
         trace(locked)
+
+
+def test_a_count_in_the_class_under_the_name_of_a_submodule() -> None:
+    def forward(self: Any, ids: Tensor) -> Tensor:
+        self.norm += 1
+        return self.head(self.embedding(ids) * self.norm)
+
+    counting: Any = type("Counting", (Base,), {"forward": forward, "norm": 0})()
+    counting._modules["norm"] = nn.LayerNorm(WIDTH)
+    with pytest.raises(UnsupportedError, match=f"forward changes the attribute norm: .*{STATE}"):
+        trace(counting)

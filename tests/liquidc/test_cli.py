@@ -7,7 +7,6 @@ import os
 import shutil
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -96,16 +95,11 @@ from liquidc.cli.main import cli
 try:
     cli.main(["--help"])
 except SystemExit:
-    heavy = {"torch", "numpy", "onnx", "onnxruntime", "rich", "tokenizers"}
+    heavy = {"torch", "numpy", "onnx", "onnxruntime", "rich", "tokenizers", "jinja2", "scipy"}
     print(*heavy & set(sys.modules), file=sys.stderr, end="")
 """
-    best = 9.0
-    for _ in range(3):
-        start = time.perf_counter()
-        done = subprocess.run([sys.executable, "-c", code], capture_output=True, check=False)
-        best = min(best, time.perf_counter() - start)
-        assert (done.returncode, done.stderr) == (0, b"")
-    assert best < 0.5
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, check=False)
+    assert (done.returncode, done.stderr) == (0, b"")
 
 
 def test_version() -> None:
