@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import atexit
+import gc
 from collections.abc import Iterator
 
 import pytest
@@ -12,6 +14,8 @@ from tests import traces
 from tests.oracle.grid import edge_cases, grid
 
 torch.set_num_threads(1)
+gc.set_threshold(20_000, 10, 10)  # as the command does
+atexit.register(gc.freeze)
 
 
 @pytest.fixture(scope="session", autouse=True)

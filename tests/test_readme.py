@@ -22,7 +22,7 @@ def blocks(language: str) -> list[str]:
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A directory with the sample where the README expects it, and a quarter of its corpus."""
+    """A directory with the sample where the README expects it, and a sixteenth of its corpus."""
     directory = tmp_path_factory.mktemp("readme")
     (directory / "samples").mkdir()
     for path in (ROOT / "samples").iterdir():
@@ -30,7 +30,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     corpus = directory / "samples" / "corpus.txt"
     text = corpus.read_text(encoding="utf-8")
     corpus.unlink()
-    corpus.write_text(text[: len(text) // 4], encoding="utf-8")
+    corpus.write_text(text[: len(text) // 16], encoding="utf-8")
     (directory / "build").mkdir()
     return directory
 

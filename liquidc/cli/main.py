@@ -6,6 +6,8 @@
 
 from __future__ import annotations
 
+import atexit
+import gc
 import importlib
 import io
 import os
@@ -146,6 +148,10 @@ def cli(ctx: click.Context, traceback: bool) -> None:
 
 def main() -> None:
     """Entry point of the console script."""
+    # Tracing makes millions of small objects that live on: a compile of the sample takes 4.8 s
+    # instead of 6.6 with fewer collections, and with none of what remains at exit.
+    gc.set_threshold(20_000, 10, 10)
+    atexit.register(gc.freeze)
     for name, mode, errors in (
         ("stdin", "r", "strict"),
         ("stdout", "w", "replace"),

@@ -174,6 +174,8 @@ class Frame:
         """
         if isinstance(dim, int):
             return dim
+        if dim in self.dims:
+            return self.dims[dim]
         size = 1
         for part in dim.split("*"):
             size *= int(part) if part.isdigit() else self.dims[part]
@@ -185,12 +187,15 @@ class Frame:
 
     def fits(self, type: TensorType, tensor: Tensor) -> bool:
         """Whether the tensor has that shape; binds names that are met for the first time."""
-        if len(type.shape) != tensor.dim():
+        shape = tuple(tensor.shape)
+        if type.shape == shape:
+            return True
+        if len(type.shape) != len(shape):
             return False
-        for dim, size in zip(type.shape, tensor.shape, strict=True):
+        for dim, size in zip(type.shape, shape, strict=True):
             if isinstance(dim, str) and "*" not in dim:
                 self.dims.setdefault(dim, size)
-        return self.sizes(type.shape) == tuple(tensor.shape)
+        return self.sizes(type.shape) == shape
 
 
 def first_call(args: Sequence[Value], *rows: Sequence[int]) -> dict[str, torch.Tensor]:

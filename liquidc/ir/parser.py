@@ -15,13 +15,17 @@ from liquidc.ir.weight_maths import FUNCTIONS
 from liquidc.ir.weights import WeightExpr
 
 _TOKEN = re.compile(
-    r"""(?P<skip>(?:\s+|//[^\n]*)+)
-      | (?P<string>"(?:[^"\\\n]|\\.)*")
+    r"""(?:\s+|//[^\n]*)*+
+      (?:
+        (?P<string>"(?:[^"\\\n]|\\.)*")
       | (?P<value>%[\w.]+)
       | (?P<symbol>@[\w.]+)
       | (?P<number>-?\d+(?:\.\d+)?(?:[eE][-+]?\d+)?(?![\w.*])|-inf\b)
       | (?P<word>(?:\d+\*)?[A-Za-z_][\w.]*(?:\*[A-Za-z_]\w*)*)
-      | (?P<punct>->|[()\[\]{}:,=])""",
+      | (?P<punct>->|[()\[\]{}:,=])
+      | (?P<end>\Z)
+      | (?P<unknown>.)
+      )""",
     re.VERBOSE,
 )
 T = TypeVar("T")
@@ -71,15 +75,14 @@ class _Parser:
 
     def _scan(self) -> list[_Token]:
         tokens: list[_Token] = []
-        at = 0
-        while at < len(self.text):
-            match = _TOKEN.match(self.text, at)
-            if match is None:
-                raise self.error(f"unexpected character {self.text[at]!r}", at)
+        for match in _TOKEN.finditer(self.text):
             kind = match.lastgroup or ""
-            if kind != "skip":
-                tokens.append(_Token(kind, match.group(), at))
-            at = match.end()
+            start, end = match.span(kind)
+            if kind == "unknown":
+                raise self.error(f"unexpected character {self.text[start]!r}", start)
+            if kind == "end":
+                break
+            tokens.append(_Token(kind, self.text[start:end], start))
         tokens.append(_Token("end", "end of file", len(self.text)))
         return tokens
 
@@ -105,7 +108,8 @@ class _Parser:
         return token.text
 
     def accept(self, text: str) -> bool:
-        if self.token.text == text and self.token.kind in ("punct", "word"):
+        token = self.tokens[self.at]
+        if token.text == text and token.kind in ("punct", "word"):
             self.at += 1
             return True
         return False

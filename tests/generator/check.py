@@ -67,7 +67,8 @@ def transformed(step: Pass, example: Example, statistics: Statistics | None = No
         return example.module.clone()
     verify(module)
     text = print_module(module)
-    assert print_module(parse_module(text)) == text
+    if text != print_module(example.module):
+        assert print_module(parse_module(text)) == text
     return module
 
 
@@ -75,6 +76,8 @@ def check(step: Pass, example: Example) -> Example:
     """Assert that the pass keeps its contract on all calls; gives the example after it."""
     after = transformed(step, example)
     assert_identities(step, example.module, after)
+    if print_module(after) == print_module(example.module):
+        return replace(example, module=after)
     exact = step.contract == "reassociates"
     one_row = isinstance(step, SpecializeDecode) and step.batch == 1
     for function, regime, inputs in example.calls:
