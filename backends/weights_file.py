@@ -5,6 +5,7 @@ Weights are evaluated in blocks of rows while they are written, so memory is bou
 
 from __future__ import annotations
 
+import math
 import mmap
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -12,8 +13,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from liquidc.backends.base import Journal, StoredWeight
-from liquidc.ir.types import DType
-from liquidc.ir.weights import WeightExpr, WeightSource, byte_size, evaluate, torch_dtype
+from liquidc.errors import EngineError
+from liquidc.ir.types import TensorType
+from liquidc.ir.weights import (
+    WeightExpr,
+    WeightSource,
+    byte_size,
+    evaluate,
+    sizes,
+    torch_dtype,
+)
 
 if TYPE_CHECKING:
     import torch
@@ -84,11 +93,22 @@ class WeightsFile:
 
     Args:
         path: the file.
-        index: by name, `dtype`, `shape` and `offset`.
+        types: what each weight is, by name; their sizes are numbers.
+        offsets: where each lies.
+
+    Raises:
+        EngineError: a weight lies nowhere in the file.
     """
 
-    def __init__(self, path: Path, index: Mapping[str, Mapping[str, Any]]) -> None:
-        self._index = index
+    def __init__(
+        self, path: Path, types: Mapping[str, TensorType], offsets: Mapping[str, int]
+    ) -> None:
+        self._types, self._offsets = types, offsets
+        size = path.stat().st_size
+        for name, type in types.items():
+            offset = offsets.get(name, -1)
+            if offset < 0 or offset + byte_size(type) > size:
+                raise EngineError(f"{path}: the weight {name} does not lie in it")
         with path.open("rb") as file:
             self._map = mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ, flags=mmap.MAP_PRIVATE)
 
@@ -96,13 +116,10 @@ class WeightsFile:
         """Rows `start:stop` of a weight; a scalar counts as one row."""
         import torch
 
-        entry = self._index[name]
-        dtype = torch_dtype(DType(entry["dtype"]))
-        shape = [int(size) for size in entry["shape"]] or [1]
-        row = 1
-        for size in shape[1:]:
-            row *= size
-        offset = int(entry["offset"]) + start * row * dtype.itemsize
+        dtype = torch_dtype(self._types[name].dtype)
+        shape = sizes(self._types[name].shape) or (1,)
+        row = math.prod(shape[1:])
+        offset = self._offsets[name] + start * row * dtype.itemsize
         flat = bytearray(self._map[offset : offset + (stop - start) * row * dtype.itemsize])
         return torch.frombuffer(flat, dtype=dtype).reshape(stop - start, *shape[1:])
 
@@ -121,11 +138,7 @@ def stored_weights(
         weights: what each holds.
         offsets: where each lies.
     """
-    index = {
-        name: {"dtype": expr.type.dtype, "shape": expr.type.shape, "offset": offsets[name]}
-        for name, expr in weights.items()
-    }
-    file = WeightsFile(path, index)
+    file = WeightsFile(path, {name: expr.type for name, expr in weights.items()}, offsets)
     return {
         name: StoredWeight(expr, partial(file.read_rows, name)) for name, expr in weights.items()
     }

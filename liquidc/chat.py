@@ -1,113 +1,226 @@
 """Chat templates: from messages to the text that a model was trained on.
 
-A template is a program that comes with a checkpoint. It runs in Jinja's immutable sandbox, without
-files, imports or attributes of Python's own, and with a bound on its work and on what it writes.
+A template is a program that comes with a checkpoint. It runs in a process of its own
+(`liquidc.template_worker`), in a sandbox and under limits of memory and time; the process starts
+with the first conversation and serves those that follow.
 """
 
 from __future__ import annotations
 
-import datetime
 import json
 import os
+import select
+import signal
+import subprocess
 import sys
-from collections.abc import Generator, Mapping, Sequence
-from contextlib import contextmanager
+import time
+import weakref
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
-from types import FrameType
-from typing import Any, ClassVar, NoReturn, cast
-
-from jinja2 import TemplateError, nodes
-from jinja2.exceptions import SecurityError
-from jinja2.ext import Extension
-from jinja2.parser import Parser
-from jinja2.runtime import Context
-from jinja2.sandbox import ImmutableSandboxedEnvironment
+from typing import IO, Any, cast
 
 from liquidc.errors import InputError
 from liquidc.files import read_file
 from liquidc.inputs import TEMPLATE
 from liquidc.special_tokens import TOKENIZER_CONFIG, read_special_tokens
 
-LARGEST = 1 << 20
-"""Characters that a template may write, and items that a product in it may have."""
-LINES = 1_000_000
-"""Lines of a template's code that may be run for one conversation."""
+WORKER = Path(__file__).with_name("template_worker.py")
+SECONDS = 20
+"""Seconds to wait for an answer, where a busy machine leaves little CPU time to the process."""
+LONGEST = 8 << 20
+"""Bytes of an answer: a text of the permitted length as JSON, each character as an escape."""
 
 Message = Mapping[str, Any]
 
 
 class ChatTemplate:
-    """A template, compiled.
+    """A template; nothing of it runs before `check` or `render`.
 
     Args:
         text: in Jinja.
         where: its file, for messages.
         tokens: texts of special tokens, by names such as `bos_token`.
-
-    Raises:
-        InputError: it is no template.
     """
 
     def __init__(self, text: str, where: Path, tokens: Mapping[str, str] | None = None) -> None:
-        self._where, self._tokens = where, dict(tokens or {})
-        try:
-            self._template = _environment().from_string(text)
-        except (TemplateError, RecursionError, ValueError) as error:
-            raise InputError(f"{where}: the chat template is none ({_line(error)})") from None
+        self._text, self._where, self._tokens = text, where, dict(tokens or {})
+        self._worker: _Worker | None = None
 
     def render(self, messages: Sequence[Message], *, add_generation_prompt: bool = True) -> str:
         """The text of a conversation, special tokens included.
 
         Args:
-            messages: each with "role" and "content".
+            messages: each with "role" and "content", of values that JSON can hold.
             add_generation_prompt: whether the beginning of an answer follows.
 
         Raises:
-            InputError: the template refuses the conversation, fails, or does what it may not do.
+            ForbiddenTemplate: the template does what it may not do, or takes too long.
+            InputError: it is no template, refuses the conversation or fails; or `messages` are
+                none.
         """
         given = {
             **self._tokens,
-            "messages": [dict(message) for message in messages],
+            "messages": [_checked(message) for message in messages],
             "tools": None,
             "documents": None,
             "add_generation_prompt": add_generation_prompt,
         }
-        try:
-            with _bounded():
-                return self._write(given)
-        except (SecurityError, OverflowError, MemoryError, RecursionError) as error:
-            raise ForbiddenTemplate(
-                f"{self._where}: the chat template does what it may not do ({_line(error)})"
-            ) from None
-        except Exception as error:  # a template can raise anything
-            raise InputError(f"{self._where}: the chat template fails ({_line(error)})") from None
+        if self._worker is None:
+            self._worker = self._start()
+        return self._ask(self._worker, given)
 
     def check(self) -> None:
         """Render a short conversation; a template may refuse it, but must stay in its sandbox.
 
         Raises:
             ForbiddenTemplate: it does not.
+            InputError: it is no template.
         """
+        worker = self._start()
         try:
-            self.render([{"role": "user", "content": "Hello"}])
+            self._ask(worker, {**self._tokens, "messages": [{"role": "user", "content": "Hello"}]})
         except ForbiddenTemplate:
             raise
         except InputError:
             return
+        finally:
+            worker.close()
 
-    def _write(self, given: Mapping[str, Any]) -> str:
-        pieces: list[str] = []
-        size = 0
-        for piece in self._template.generate(given):
-            size += len(piece)
-            if size > LARGEST:
-                raise SecurityError(f"writes over {LARGEST} characters")
-            pieces.append(piece)
-        return "".join(pieces)
+    def close(self) -> None:
+        """End the process."""
+        if self._worker is not None:
+            self._worker.close()
+            self._worker = None
+
+    def _start(self) -> _Worker:
+        worker = _Worker()
+        try:
+            self._ask(worker, {"template": self._text})
+        except InputError:
+            worker.close()
+            raise
+        return worker
+
+    def _ask(self, worker: _Worker, request: Mapping[str, Any]) -> str:
+        """The text that the process answers.
+
+        Raises:
+            InputError: see `render`.
+        """
+        try:
+            answer = worker.ask(request)
+        except _Ended as ended:
+            worker.close()
+            self._worker = None
+            answer = {"kind": "forbidden", "error": str(ended)}
+        if "text" in answer:
+            return answer["text"]
+        error, kind = answer["error"], answer["kind"]
+        if kind == "forbidden":
+            raise ForbiddenTemplate(
+                f"{self._where}: the chat template does what it may not do ({error})"
+            )
+        if kind == "none":
+            raise InputError(f"{self._where}: the chat template is none ({error})")
+        raise InputError(f"{self._where}: the chat template fails ({error})")
 
 
 class ForbiddenTemplate(InputError):
     """A template that does what it may not do."""
+
+
+class _Ended(Exception):
+    """The process gave no answer; the message says why."""
+
+
+class _Worker:
+    """The process of a template.
+
+    It gets no environment but the time zone and the directories in which Python finds Jinja.
+    """
+
+    def __init__(self) -> None:
+        path = os.pathsep.join(entry for entry in sys.path if os.path.isabs(entry))
+        environment = {"PYTHONPATH": path, "PYTHONIOENCODING": "utf-8:surrogatepass"}
+        if (zone := os.environ.get("TZ")) is not None:
+            environment["TZ"] = zone
+        self._process = process = subprocess.Popen(
+            [sys.executable, "-P", "-B", str(WORKER)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            env=environment,
+            start_new_session=True,  # so that Ctrl-C reaches us alone
+        )
+        self.close = weakref.finalize(self, _end, process)
+        self._requests = cast("IO[bytes]", process.stdin)
+        self._answers = cast("IO[bytes]", process.stdout).fileno()
+
+    def ask(self, request: Mapping[str, Any]) -> dict[str, str]:
+        """The answer to one request.
+
+        Raises:
+            _Ended: there is none.
+        """
+        try:
+            self._requests.write(json.dumps(request).encode() + b"\n")
+            self._requests.flush()
+        except BrokenPipeError:
+            raise _Ended(self._reason()) from None
+        return cast("dict[str, str]", json.loads(self._line()))
+
+    def _line(self) -> bytes:
+        until = time.monotonic() + SECONDS
+        poll = select.poll()
+        poll.register(self._answers, select.POLLIN | select.POLLHUP)
+        pieces: list[bytes] = []
+        size = 0
+        while not (pieces and pieces[-1].endswith(b"\n")):
+            if not poll.poll(max(until - time.monotonic(), 0) * 1000):
+                raise _Ended(f"no answer after {SECONDS} seconds")
+            piece = os.read(self._answers, 1 << 16)
+            size += len(piece)
+            if not piece or size > LONGEST:
+                raise _Ended(self._reason())
+            pieces.append(piece)
+        return b"".join(pieces)
+
+    def _reason(self) -> str:
+        """Why the process is gone, or is to go."""
+        try:
+            code = self._process.wait(1)
+        except subprocess.TimeoutExpired:
+            return "its answer is too long"
+        if code in (-signal.SIGXCPU, -signal.SIGKILL):
+            return "it takes too long"
+        return f"its process ended with {code}"
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    """Kill a process and free what belongs to it."""
+    process.kill()
+    for stream in (process.stdin, process.stdout):
+        if stream is not None:
+            with suppress(BrokenPipeError):
+                stream.close()
+    process.wait()
+
+
+def _checked(message: object) -> dict[str, Any]:
+    """One message.
+
+    Raises:
+        InputError: it is no mapping, or holds what JSON can't.
+    """
+    if not isinstance(message, Mapping):
+        raise InputError(f"a message is a mapping with role and content, not {message!r:.80}")
+    made = dict(cast("Mapping[str, Any]", message))
+    try:
+        json.dumps(made)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise InputError(f"a message holds what JSON can't ({error})") from None
+    return made
 
 
 def read_chat_template(directory: Path) -> ChatTemplate | None:
@@ -123,7 +236,7 @@ def read_chat_template(directory: Path) -> ChatTemplate | None:
         try:
             return ChatTemplate(read_file(alone, InputError).decode(), alone, tokens)
         except UnicodeDecodeError as error:
-            raise InputError(f"{alone}: can't be read ({_line(error)})") from None
+            raise InputError(f"{alone}: can't be read ({error})") from None
     found = config.get("chat_template")
     if isinstance(found, list):
         found = _default(path, cast("list[Any]", found))
@@ -140,110 +253,3 @@ def _default(path: Path, named: list[Any]) -> object:
         return {each["name"]: each["template"] for each in named}.get("default")
     except (TypeError, KeyError):
         raise InputError(f"{path}: chat_template must be a list of names and templates") from None
-
-
-class _Sandbox(ImmutableSandboxedEnvironment):
-    """What is forbidden is an error, not empty; products and powers are bounded."""
-
-    intercepted_binops = frozenset({"*", "**"})
-
-    def unsafe_undefined(self, obj: Any, attribute: str) -> NoReturn:
-        """See the base class.
-
-        Raises:
-            SecurityError: always.
-        """
-        raise SecurityError(f"{attribute} of {type(obj).__name__} is not for templates")
-
-    def call_binop(self, context: Context, operator: str, left: Any, right: Any) -> Any:
-        """See the base class.
-
-        Raises:
-            SecurityError: the result would be too large.
-        """
-        sizes = [len(x) if isinstance(x, str | list | tuple) else x for x in (left, right)]
-        if operator == "**" or any(x is not y for x, y in zip(sizes, (left, right), strict=True)):
-            small = all(isinstance(x, int | float) and abs(x) <= LARGEST for x in sizes)
-            if operator == "**":
-                small = small and abs(sizes[1]) <= 64 and abs(sizes[0]) <= 1 << 16
-            elif small:
-                small = abs(sizes[0] * sizes[1]) <= LARGEST
-            if not small:
-                raise SecurityError(f"a result of {operator} is too large")
-        return super().call_binop(context, operator, left, right)
-
-
-class _Marked(Extension):
-    """`{% generation %}`: what an assistant said, marked for training; it is written as it is."""
-
-    tags: ClassVar[set[str]] = {"generation"}  # pyright: ignore[reportIncompatibleVariableOverride]
-
-    def parse(self, parser: Parser) -> nodes.Node | list[nodes.Node]:
-        """The statements inside."""
-        next(parser.stream)
-        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
-
-
-def _environment() -> _Sandbox:
-    """With the functions that transformers gives to templates."""
-    made = _Sandbox(
-        trim_blocks=True, lstrip_blocks=True, extensions=[_Marked, "jinja2.ext.loopcontrols"]
-    )
-    made.filters["tojson"] = _to_json
-    cast("dict[str, Any]", made.globals).update(raise_exception=_refuse, strftime_now=_now)
-    return made
-
-
-def _to_json(
-    value: Any,
-    ensure_ascii: bool = False,
-    indent: int | None = None,
-    separators: tuple[str, str] | None = None,
-    sort_keys: bool = False,
-) -> str:
-    return json.dumps(
-        value,
-        ensure_ascii=ensure_ascii,
-        indent=indent,
-        separators=separators,
-        sort_keys=sort_keys,
-    )
-
-
-def _refuse(message: object) -> NoReturn:
-    raise TemplateError(str(message))
-
-
-def _now(form: str) -> str:
-    return datetime.datetime.now().astimezone().strftime(form)
-
-
-@contextmanager
-def _bounded() -> Generator[None]:
-    """Count the lines of template code that run.
-
-    Raises:
-        SecurityError: there are too many.
-    """
-    left = LINES
-    before = sys.gettrace()
-
-    def count(frame: FrameType, event: str, argument: Any) -> Any:
-        nonlocal left
-        del argument
-        if event == "call":
-            return count if frame.f_code.co_filename == "<template>" else None
-        left -= 1
-        if left < 0:
-            raise SecurityError(f"runs over {LINES} lines")
-        return count
-
-    sys.settrace(count)
-    try:
-        yield
-    finally:
-        sys.settrace(before)
-
-
-def _line(error: BaseException) -> str:
-    return " ".join(str(error).split()) or type(error).__name__

@@ -10,15 +10,21 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Self
+from typing import Any, Self
 
 import numpy as np
 from numpy.typing import NDArray
 
 from liquidc.backends.base import Runner, RunnerOptions
 from liquidc.backends.registry import TARGETS, get_backend
-from liquidc.engine import check_files, read_manifest
-from liquidc.errors import ConfigError, EngineError, InputError, TargetUnavailable
+from liquidc.chat import ChatTemplate, read_chat_template
+from liquidc.engine import check_files, list_files, read_manifest
+from liquidc.errors import (
+    ConfigError,
+    EngineError,
+    InputError,
+    TargetUnavailable,
+)
 from liquidc.generation import Generation, read_generation
 from liquidc.manifest import Manifest
 from liquidc.sampling import Sampler
@@ -26,11 +32,10 @@ from liquidc.session import DepthControls, Ids, Session, StepResult, check_contr
 from liquidc.text import is_text
 from liquidc.tokenizer import StopFilter, TextStream, Tokenizer
 
-if TYPE_CHECKING:
-    from liquidc.chat import ChatTemplate
-
 NEW_TOKENS = 64
 """How many tokens are generated if nobody says."""
+ATTEMPTS = 20
+"""How often a directory is read that is replaced while it is read."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,13 +69,30 @@ def load(
 ) -> Engine:
     """Load the engine in `directory`.
 
-    The schema, the target and every file's hash are checked before anything is deserialised.
+    The schema, the target and every file's hash are checked before anything is deserialised. If
+    the directory is replaced in the meantime, what is there then is loaded.
 
     Raises:
-        EngineError: the engine is damaged, incomplete or too new.
+        EngineError: the engine is damaged, incomplete or too new, or it changes all the time.
         TargetUnavailable: its target can't run here.
     """
     path = Path(directory)
+    for _ in range(ATTEMPTS):
+        before = _stamps(path)
+        try:
+            engine = _load(path, options or RunnerOptions())
+        except Exception:  # a mixture can fail anyhow
+            if _stamps(path) == before:
+                raise
+            continue
+        if before and _stamps(path) == before:
+            return engine
+        engine.close()
+    raise EngineError(f"{path}: changed each time while it was loaded; load it when it is written")
+
+
+def _load(path: Path, options: RunnerOptions) -> Engine:
+    """The engine in `path`, or a mixture if the directory is replaced in the meantime."""
     manifest = read_manifest(path)
     name = manifest.target.get("name", "")
     if name not in TARGETS:
@@ -83,11 +105,24 @@ def load(
     tokenizer = path / "tokenizer.json"
     return Engine(
         manifest,
-        backend.runner(path, manifest, options or RunnerOptions()),
+        backend.runner(path, manifest, options),
         tokenizer=Tokenizer(tokenizer) if tokenizer.exists() else None,
+        chat_template=read_chat_template(path),
         generation=_generation(path),
         path=path,
     )
+
+
+def _stamps(path: Path) -> tuple[tuple[object, ...], ...]:
+    """What shows that a directory or a file in it was replaced; empty if there is none.
+
+    A directory that was renamed and came back has another time of change (ctime).
+    """
+    try:
+        found = [(name, (path / name).lstat()) for name in (".", *list_files(path))]
+    except (OSError, EngineError):
+        return ()
+    return tuple((name, s.st_dev, s.st_ino, s.st_size, s.st_ctime_ns) for name, s in found)
 
 
 class Engine:
@@ -96,6 +131,7 @@ class Engine:
     Attributes:
         manifest: what the engine says about itself.
         tokenizer: None if the engine has none; then prompts are token ids.
+        chat_template: None if the engine has none; then there is no `chat`.
         generation: how the model wants to be sampled, and what ends a text.
     """
 
@@ -105,6 +141,7 @@ class Engine:
         runner: Runner,
         *,
         tokenizer: Tokenizer | None = None,
+        chat_template: ChatTemplate | None = None,
         generation: Generation | None = None,
         path: Path | None = None,
     ) -> None:
@@ -112,7 +149,7 @@ class Engine:
         self.runner = runner
         self.tokenizer = tokenizer
         self.generation = generation or Generation()
-        self._template: ChatTemplate | None = None
+        self.chat_template = chat_template
         self.path = path
         layers: dict[int, list[int]] = {}
         for index, gate in enumerate(manifest.model.gates):
@@ -131,8 +168,10 @@ class Engine:
         self.close()
 
     def close(self) -> None:
-        """Free the engine's memory."""
+        """Free the engine's memory, and end the process of its chat template."""
         self.runner.close()
+        if self.chat_template is not None:
+            self.chat_template.close()
 
     def with_runner(self, runner: Runner) -> Engine:
         """This engine on another runner of its target."""
@@ -173,13 +212,9 @@ class Engine:
         """
         if self.tokenizer is None:
             raise InputError("the engine has no tokenizer: give token ids")
-        if self._template is None and self.path is not None:
-            from liquidc.chat import read_chat_template
-
-            self._template = read_chat_template(self.path)
-        if self._template is None:
+        if self.chat_template is None:
             raise InputError("the engine has no chat template: give a prompt")
-        ids = self.tokenizer.encode(self._template.render(messages), special=False)
+        ids = self.tokenizer.encode(self.chat_template.render(messages), special=False)
         check_ids(self.manifest, ids)
         return ids
 

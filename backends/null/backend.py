@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from liquidc.backends.artifact import NullArtifact, listed, read_artifact
 from liquidc.backends.base import Backend, Runner, RunnerOptions, Stage, StageContext, StoredWeight
 from liquidc.backends.weights_file import NAME, stored_weights, write_weights
 from liquidc.ir import Module, ops, parse_module, print_module
@@ -97,14 +98,14 @@ class NullBackend(Backend):
 
     def stored_weights(self, engine: Path, manifest: Manifest) -> dict[str, StoredWeight]:
         """What the manifest's index says."""
-        index: dict[str, dict[str, Any]] = manifest.artifact["weights"]
+        index = read_artifact(NullArtifact, engine, manifest).weights
         text = "".join(
-            f"weight @{name} : {entry['dtype']}[{', '.join(map(str, entry['shape']))}] = "
-            f"{entry['holds']}\n"
+            f"weight @{name} : {entry.dtype}[{', '.join(map(str, entry.shape))}] = {entry.holds}\n"
             for name, entry in index.items()
         )
         weights = parse_module(f"module @stored\n{text}", "the manifest's weights").weights
-        return stored_weights(engine / NAME, weights, {n: e["offset"] for n, e in index.items()})
+        offsets = {name: entry.offset for name, entry in index.items()}
+        return stored_weights(listed(engine, manifest, NAME), weights, offsets)
 
     def runner(self, engine: Path, manifest: Manifest, options: RunnerOptions) -> Runner:
         """The interpreter; options change nothing."""

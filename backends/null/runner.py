@@ -12,10 +12,12 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from liquidc.backends.artifact import NullArtifact, listed, read_artifact
 from liquidc.backends.base import Arrays, Cache, Guard, Runner, Trace, path_regions
+from liquidc.backends.null.backend import load_module
 from liquidc.backends.weights_file import NAME, WeightsFile
 from liquidc.errors import InternalError
-from liquidc.ir import Module, Op, ops, parse_module, verify
+from liquidc.ir import Module, Op, ops, verify
 from liquidc.ir.experts import experts_held, layers_of_experts
 from liquidc.ir.interpreter import Frame, Interpreter
 from liquidc.ir.regions import Key, is_commit, regions_of
@@ -51,14 +53,21 @@ class NullRunner(Runner):
     Args:
         engine: its directory.
         manifest: its manifest.
+
+    Raises:
+        EngineError: its files don't fit its manifest.
     """
 
     def __init__(self, engine: Path, manifest: Manifest) -> None:
         self._engine, self._manifest = engine, manifest
-        path = engine / str(manifest.artifact["module"])
-        self._module = parse_module(path.read_text(encoding="utf-8"), str(path))
+        artifact = read_artifact(NullArtifact, engine, manifest)
+        self._module = load_module(listed(engine, manifest, artifact.module))
         verify(self._module)
-        self._weights = WeightsFile(engine / NAME, manifest.artifact["weights"])
+        self._weights = WeightsFile(
+            listed(engine, manifest, NAME),
+            {name: expr.type for name, expr in self._module.weights.items()},
+            {name: entry.offset for name, entry in artifact.weights.items()},
+        )
         self._interpreter = self._new_interpreter(self._module, self._weights)
 
     def _new_interpreter(self, module: Module, weights: WeightsFile) -> Interpreter:

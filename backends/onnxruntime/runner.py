@@ -14,10 +14,11 @@ import numpy as np
 import onnxruntime as ort
 from numpy.typing import NDArray
 
+from liquidc.backends.artifact import OnnxArtifact, listed, read_artifact
 from liquidc.backends.base import Arrays, Cache, Guard, Runner, RunnerOptions, Trace, path_regions
 from liquidc.backends.onnxruntime.backend import NODES
 from liquidc.backends.onnxruntime.huge_pages import huge_pages
-from liquidc.errors import InputError, InternalError
+from liquidc.errors import EngineError, InputError, InternalError
 from liquidc.ir import DType
 from liquidc.ir.regions import Key
 from liquidc.text import is_text
@@ -103,6 +104,7 @@ class OrtRunner(Runner):
         model: the graph, if it is not the engine's main one.
 
     Raises:
+        EngineError: its files don't fit its manifest, or ONNX Runtime refuses the graph.
         InputError: the path of the engine is not UTF-8.
     """
 
@@ -127,14 +129,17 @@ class OrtRunner(Runner):
             settings.enable_profiling = True
             settings.profile_file_prefix = profile
         self._engine, self._manifest, self._options = engine, manifest, options
-        self._model = model or str(manifest.artifact["model"])
-        path = engine / self._model
+        self._model = model or read_artifact(OnnxArtifact, engine, manifest).model
+        path = listed(engine, manifest, self._model)
         if not is_text(str(path)):
             raise InputError(f"{path}: ONNX Runtime opens UTF-8 paths alone; rename the directory")
-        with huge_pages():
-            self._session: Any = ort.InferenceSession(
-                str(path), settings, providers=["CPUExecutionProvider"]
-            )
+        try:
+            with huge_pages():
+                self._session: Any = ort.InferenceSession(
+                    str(path), settings, providers=["CPUExecutionProvider"]
+                )
+        except Exception as error:  # those of ONNX Runtime share no class
+            raise EngineError(f"{path}: ONNX Runtime refuses it ({error})") from None
         self._inputs = {node.name for node in self._session.get_inputs()}
         self._takes_length = "kv_len" in self._inputs
         self._outputs = [node.name for node in self._session.get_outputs()]

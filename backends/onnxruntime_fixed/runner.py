@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from liquidc.backends.artifact import OnnxArtifact, read_artifact
 from liquidc.backends.base import Arrays, Cache, Guard, Runner, RunnerOptions, Trace
 from liquidc.backends.onnxruntime.runner import OrtCache, OrtRunner
 from liquidc.errors import InternalError
@@ -41,12 +42,12 @@ class FixedRunner(Runner):
         self, engine: Path, manifest: Manifest, options: RunnerOptions, profile: str | None = None
     ) -> None:
         self._engine, self._manifest, self._options = engine, manifest, options
-        guard: dict[str, Any] = manifest.artifact.get("guard", {})
+        artifact = read_artifact(OnnxArtifact, engine, manifest)
+        guard = artifact.guard or {}
         wanted = options.speculate
         self._speculates = bool(guard.get("speculate")) if wanted is None else wanted
         self._masked = self._session("model.onnx", profile)
-        paths: list[str] = manifest.artifact["paths"]
-        self._paths = {path: self._session(f"path_{path}.onnx", profile) for path in paths}
+        self._paths = {path: self._session(f"path_{path}.onnx", profile) for path in artifact.paths}
         self.guard = Guard()
 
     def _session(self, model: str, profile: str | None) -> OrtRunner:

@@ -192,11 +192,11 @@ def test_weights_file_round_trip(tmp_path: Path) -> None:
     assert offsets == layout(weights)
     assert all(offset % ALIGNMENT == 0 for offset in offsets.values())
     assert sum(written) == 60 + 2 + 56 + 2 + 60
-    index = {
-        name: {"dtype": str(e.type.dtype), "shape": list(e.type.shape), "offset": offsets[name]}
-        for name, e in weights.items()
-    }
-    file = WeightsFile(tmp_path / "w", index)
+    types = {name: expr.type for name, expr in weights.items()}
+    file = WeightsFile(tmp_path / "w", types, offsets)
+    for wrong in ({}, offsets | {"e": -1}, offsets | {"e": offsets["e"] + 4}):
+        with pytest.raises(EngineError, match=r"the weight [a-e] does not lie in it"):
+            WeightsFile(tmp_path / "w", types, wrong)
     for name, tensor in (tensors | {"e": tensors["a"].T}).items():
         rows = tensor.shape[0] if tensor.dim() else 1
         read = file.read_rows(name, 0, rows)
