@@ -16,6 +16,8 @@ A message is one line: what is wrong, where, and what to do.
 
 from __future__ import annotations
 
+from liquidc.text import printable
+
 
 class LiquidWarning(UserWarning):
     """Something given to liquidc is suspicious; it goes on."""
@@ -62,7 +64,11 @@ class IRError(InputError):
         self.file, self.line, self.column = file, line, column
         if file:
             caret = " " * (column - 1) + "^"
-            message = f"{file}:{line}:{column}: {message}\n  {source}\n  {caret}"
+            source = printable(source, keep="\t")
+            what = printable(f"{file}:{line}:{column}: {message}")
+            message = f"{what}\n  {source}\n  {caret}"
+        else:
+            message = printable(message)
         super().__init__(message)
 
 

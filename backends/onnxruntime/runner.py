@@ -26,8 +26,9 @@ from liquidc.text import is_text
 if TYPE_CHECKING:
     from liquidc.manifest import Manifest
 
-LOG_SEVERITY = 3
-"""What ONNX Runtime logs: errors; 2 adds warnings, such as that of a cache that was copied."""
+LOG_SEVERITY = 4
+"""ONNX Runtime logs fatal errors alone; its exceptions say the rest. 2 adds warnings, such as that a
+cache was copied."""
 
 
 @dataclass(slots=True)

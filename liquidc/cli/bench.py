@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from liquidc.cli.output import bytes_text, counting, emit_json, json_option, table
+from liquidc.cli.output import bytes_text, counting, emit_json, json_option, say, table
 
 
 @click.command(
@@ -126,7 +126,7 @@ def _sweep(
         *("ms, mean", "ms, median", "95 %", "ratio of means"),
     ]
     table("", columns, rows, right=0)
-    click.echo(
+    say(
         f"{result['windows']} pieces of {result['window']} tokens; "
         f"{result['machine']['processor']}, {result['machine']['cores']} cores"
     )
@@ -174,7 +174,7 @@ def _show(result: dict[str, Any]) -> None:
     columns = ["", "", "ms, median", "95 %", "range", "ratio", "bytes/token", "bandwidth"]
     table("", columns, rows, right=2)
     machine = result["machine"]
-    click.echo(
+    say(
         f"{machine['processor']}, {machine['cores']} cores, reads "
         f"{bytes_text(result['read_bandwidth_bytes_per_second'])}/s; {result['turns']} turns"
         + (f"; {result['settings']}" if result["settings"] else "")

@@ -15,6 +15,7 @@ from liquidc.cli.output import (
     fidelity_text,
     json_option,
     parse_bytes,
+    say,
     table,
 )
 
@@ -206,12 +207,12 @@ def command(
     if quantized:
         table("quantize", [*mixed.COLUMNS], [[*row] for row in mixed.table(quantized)])
         for line in mixed.notes(quantized):
-            click.echo(line)
+            say(line)
     _show_fidelity(compiled.manifest.fidelity, quantized=bool(quantized))
     size = sum(info.bytes for info in compiled.manifest.files.values())
     if compiled.resumed:
-        click.echo(f"{bytes_text(compiled.resumed)} were there from a compile that was killed")
-    click.echo(
+        say(f"{bytes_text(compiled.resumed)} were there from a compile that was killed")
+    say(
         f"{compiled.engine}: {bytes_text(size)} in {len(compiled.manifest.files) + 1} files, "
         f"{compiled.seconds:.1f} s, peak memory {bytes_text(compiled.peak_rss_bytes)}, "
         f"sha256 {compiled.manifest.sha256[:16]}…"
@@ -221,9 +222,9 @@ def command(
 def _show_fidelity(found: dict[str, Any] | None, *, quantized: bool) -> None:
     """What a lossy compile changed on held-out text."""
     if found is not None and "kl_nats" in found:
-        click.echo(f"on {found['tokens']} held-out tokens: {fidelity_text(found)}")
+        say(f"on {found['tokens']} held-out tokens: {fidelity_text(found)}")
     elif quantized and found is None:
-        click.echo("not measured on held-out text; give some with --data FILE to have it measured")
+        say("not measured on held-out text; give some with --data FILE to have it measured")
 
 
 def show_statistics(statistics: Statistics, *, as_json: bool, stderr: bool = False) -> None:
@@ -274,18 +275,18 @@ def _show_plan(model: Path, output: Path | None, options: CompileOptions, *, as_
         return
     target = ", ".join(f"{value}" for value in plan.backend.target().values())
     most = "at most " if takes.at_most else ""
-    click.echo(f"model     {model} ({opened.type})")
-    click.echo(f"target    {target}")
-    click.echo(f"functions {', '.join(f'@{name}' for name in plan.backend.functions)}")
-    click.echo(f"stages    {' → '.join(plan.stages)}")
-    click.echo(f"passes    {' → '.join(p.text for p in plan.passes) or '(none)'}")
-    click.echo(f"copied    {', '.join(sorted(opened.files()))}")
+    say(f"model     {model} ({opened.type})")
+    say(f"target    {target}")
+    say(f"functions {', '.join(f'@{name}' for name in plan.backend.functions)}")
+    say(f"stages    {' → '.join(plan.stages)}")
+    say(f"passes    {' → '.join(p.text for p in plan.passes) or '(none)'}")
+    say(f"copied    {', '.join(sorted(opened.files()))}")
     if found.resumed:
-        click.echo(f"resumed   {bytes_text(found.resumed)} that a killed compile completed")
-    click.echo(
+        say(f"resumed   {bytes_text(found.resumed)} that a killed compile completed")
+    say(
         f"estimate  engine {most}{bytes_text(takes.engine_bytes)} "
         f"({bytes_text(takes.weights_bytes)} of weights), peak memory "
         f"{bytes_text(takes.peak_memory_bytes)}, {takes.seconds:.0f} s at rates measured on "
         f"{takes.measured_on}"
     )
-    click.echo("nothing was written")
+    say("nothing was written")

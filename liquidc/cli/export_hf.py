@@ -6,7 +6,8 @@ from pathlib import Path
 
 import click
 
-from liquidc.cli.output import bytes_text, counting, emit_json, json_option, parse_bytes
+from liquidc.cli.output import bytes_text, counting, emit_json, json_option, parse_bytes, say
+from liquidc.text import printable
 
 HINT = """
     import liquidc.hf
@@ -65,8 +66,8 @@ def command(
             }
         )
         return
-    click.echo(
+    say(
         f"{made.directory}: {bytes_text(made.bytes)} of {made.config.dtype} in "
         f"{sum(name.endswith('.safetensors') for name in made.files)} files of weights"
     )
-    click.echo(HINT.format(directory=made.directory))
+    click.echo(HINT.format(directory=printable(str(made.directory))))

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from liquidc.cli.output import bytes_text, counting, emit_json, json_option, table
+from liquidc.cli.output import bytes_text, counting, emit_json, json_option, say, table
 
 if TYPE_CHECKING:
     from liquidc.gate_tuning import Measurement
@@ -110,7 +110,7 @@ def command(
     if made.measured is not None:
         _show_measured(made.measured)
     config = made.exported.config
-    click.echo(
+    say(
         f"{made.exported.directory}: {bytes_text(made.exported.bytes)}, "
         f"{config.num_gates} of {config.num_hidden_layers} layers gated, "
         f"policy {config.depth_gate.kv_policy}"
@@ -165,4 +165,4 @@ def _show_measured(found: Measurement) -> None:
     ]
     table(f"{found.tokens:,} tokens of held-out text", ["", "bits per token", "more"], rows)
     rates = " ".join(f"{rate:.2f}" for rate in found.gates)
-    click.echo(f"{found.skipped:.1%} of the gated work skipped; each gate runs for: {rates}")
+    say(f"{found.skipped:.1%} of the gated work skipped; each gate runs for: {rates}")

@@ -19,9 +19,10 @@ from typing import Any, cast
 
 import click
 
-from liquidc.cli.output import Text, emit_error
-from liquidc.errors import LiquidError, LiquidWarning
+from liquidc.cli.output import Text, emit_error, say
+from liquidc.errors import IRError, LiquidError, LiquidWarning
 from liquidc.knobs import debug
+from liquidc.text import printable
 from liquidc.version import __version__
 
 VERBS = {
@@ -97,7 +98,12 @@ def report(error: BaseException, *, trace: bool, as_json: bool) -> int:
 
 
 def explain(error: BaseException) -> tuple[int, str]:
-    """Exit code and message of an exception."""
+    """Exit code and message of an exception; the message is one line, and three of an IRError."""
+    code, message = _explain(error)
+    return code, message if isinstance(error, IRError) else printable(message)
+
+
+def _explain(error: BaseException) -> tuple[int, str]:
     if isinstance(error, LiquidError):
         return error.exit_code, str(error)
     if isinstance(error, click.exceptions.Exit):
@@ -171,7 +177,7 @@ def main() -> None:
 def _warn(message: Warning | str, *rest: Any) -> None:
     """Say it on one line; libraries' own warnings are for developers and stay quiet."""
     del rest
-    click.echo(f"warning: {message}", err=True)
+    say(f"warning: {message}", err=True)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import click
 
 from liquidc.cli.compile import show_statistics
-from liquidc.cli.output import decoding, emit_json, json_option
+from liquidc.cli.output import decoding, emit_json, json_option, say
 
 if TYPE_CHECKING:
     from liquidc.ir.rewriter import Statistics
@@ -52,7 +52,7 @@ def command(
             emit_json({"passes": [{"name": name, "summary": text} for name, text in found]})
         else:
             for name, text in found:
-                click.echo(f"{name:20s} {text}")
+                say(f"{name:20s} {text}")
         return
     from liquidc.ir import parse_module, print_module, verify
     from liquidc.ir.rewriter import Statistics
@@ -79,7 +79,7 @@ def command(
     if stats:
         show_statistics(statistics, as_json=False, stderr=True)
     if reason is not None:
-        click.echo(reason, err=True)
+        say(reason, err=True)
     if output is not None:
         output.write_text(result, encoding="utf-8")
     else:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 from liquidc.errors import InputError
-from liquidc.text import is_text
+from liquidc.text import is_text, printable
 from liquidc.version import __version__
 
 if TYPE_CHECKING:
@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 SCHEMA = 1
 """Version of the JSON results."""
 
+_RAW = re.compile("[\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069]")
+"""What JSON leaves as it is and a terminal obeys."""
 F = TypeVar("F", bound=Callable[..., Any])
 
 
@@ -41,11 +43,17 @@ def emit_json(result: dict[str, Any]) -> None:
     """Print a result as JSON, with the versions that every result carries."""
     complete = {"schema": SCHEMA, "liquidc": __version__, **result}
     text = json.dumps(complete, indent=2, ensure_ascii=False)
+    text = _RAW.sub(lambda match: f"\\u{ord(match[0]):04x}", text)
     try:
         text.encode(sys.stdout.encoding or "utf-8")
     except UnicodeEncodeError:
         text = json.dumps(complete, indent=2)
     click.echo(text)
+
+
+def say(text: str, *, err: bool = False) -> None:
+    """Print one line, which can hold what comes from a file."""
+    click.echo(printable(text), err=err)
 
 
 def emit_error(message: str, code: int, *, as_json: bool) -> None:
@@ -104,12 +112,14 @@ def table(
 ) -> None:
     """Print a table; columns from number `right` on are aligned to the right."""
     from rich.table import Table
+    from rich.text import Text as Cell
 
-    shown = Table(title=title or None, title_justify="left", box=_box(), pad_edge=False)
+    heading = Cell(printable(title)) if title else None
+    shown = Table(title=heading, title_justify="left", box=_box(), pad_edge=False)
     for index, column in enumerate(columns):
         shown.add_column(column, justify="right" if index >= right else "left", overflow="fold")
     for row in rows:
-        shown.add_row(*row)
+        shown.add_row(*(Cell(printable(cell)) for cell in row))
     console(stderr=stderr).print(shown)
 
 
@@ -212,12 +222,12 @@ class StageProgress:
         """A line now and then, where there is no terminal."""
         if not self._quiet and time.monotonic() - self._told > 10:
             self._told = time.monotonic()
-            click.echo(text, err=True)
+            say(text, err=True)
 
     def note(self, text: str) -> None:
         """Something that who waits should know."""
         if not self._quiet:
-            click.echo(text, err=True)
+            say(text, err=True)
 
     def done(self, name: str, seconds: float) -> None:
         """The stage is over."""

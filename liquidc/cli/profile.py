@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from liquidc.cli.output import counting, emit_json, json_option, table
+from liquidc.cli.output import counting, emit_json, json_option, say, table
 
 if TYPE_CHECKING:
     from liquidc.observers import Observer
@@ -196,7 +196,7 @@ def _tell(profile: Profile, path: Path, *, as_json: bool) -> None:
     if as_json:
         emit_json({"profile": str(path), **facts})
         return
-    click.echo(
+    say(
         f"{path}: {profile.tokens:,} tokens of model {profile.model.sha256[:12]}…, "
         f"{facts['depth_mean']:.2f} of {profile.model.layers} layers run"
     )

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from liquidc.cli.output import decoding, emit_json, json_option
+from liquidc.cli.output import decoding, emit_json, json_option, say
+from liquidc.text import without_controls
 
 if TYPE_CHECKING:
     from rich.style import Style
@@ -128,7 +129,7 @@ def command(
             return _result(loaded, given, tokens, time.perf_counter() - start)
 
         for name in loaded.generation.unsupported:
-            click.echo(f"warning: {name} of generation_config.json is not followed", err=True)
+            say(f"warning: {name} of generation_config.json is not followed", err=True)
         if not chat:
             result = answer(given)
         else:
@@ -229,6 +230,8 @@ class _Shown:
         if self._silent:
             return
         text = f"{token.id} " if self._ids_only else token.text
+        if sys.stdout.isatty():
+            text = without_controls(text)
         if self._console is None:
             click.echo(text, nl=False)
         else:

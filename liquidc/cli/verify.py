@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from liquidc.cli.output import counting, emit_json, json_option, table
+from liquidc.cli.output import counting, emit_json, json_option, say, table
 
 
 @click.command(
@@ -162,13 +162,13 @@ def _show(result: dict[str, Any]) -> None:
     _histogram(result["depth_histogram"], result["depth_histogram_reference"])
     for flip in result["gate_flips_listed"]:
         tie = ", in the tie band" if flip["tie"] else ""
-        click.echo(
+        say(
             f"flip: window {flip['window']} token {flip['token']} layer {flip['layer']}: "
             f"p {flip['p']:.7f}, reference {flip['p_reference']:.7f}{tie}"
         )
     for failure in result["failures"]:
-        click.echo(f"failed: {failure}")
-    click.echo("passed" if result["passed"] else "not passed")
+        say(f"failed: {failure}")
+    say("passed" if result["passed"] else "not passed")
 
 
 def _wanted(result: dict[str, Any]) -> str:
