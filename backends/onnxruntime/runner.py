@@ -27,8 +27,8 @@ if TYPE_CHECKING:
     from liquidc.manifest import Manifest
 
 LOG_SEVERITY = 4
-"""ONNX Runtime logs fatal errors alone; its exceptions say the rest. 2 adds warnings, such as that a
-cache was copied."""
+"""ONNX Runtime logs fatal errors alone; its exceptions say the rest. 2 adds warnings, for instance
+of a cache that was copied."""
 
 
 @dataclass(slots=True)

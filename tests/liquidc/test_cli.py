@@ -71,6 +71,28 @@ def engine(null_engine: Path, tmp_path: Path) -> Path:
 # ---- the command itself
 
 
+@pytest.mark.parametrize(("chosen", "policy"), [(None, "PASSIVE"), ("active", "ACTIVE")])
+def test_threads_of_pytorch_do_not_spin(chosen: str | None, policy: str, null_engine: Path) -> None:
+    """Unless the user wants it; OpenMP itself says what it was told."""
+    environment = {**os.environ, "OMP_DISPLAY_ENV": "true"}
+    environment.pop("OMP_WAIT_POLICY", None)
+    if chosen is not None:
+        environment["OMP_WAIT_POLICY"] = chosen
+    command = [
+        sys.executable,
+        "-m",
+        "liquidc.cli.main",
+        "run",
+        str(null_engine),
+        "-p",
+        "a",
+        "-n",
+        "1",
+    ]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    assert f"OMP_WAIT_POLICY = '{policy}'" in done.stderr
+
+
 def test_help_lists_the_verbs() -> None:
     for arguments in ([], ["--help"], ["-h"]):
         result = call(*arguments)
