@@ -46,6 +46,7 @@ ALLOWED = {
         "liquidc.ir",
         "liquidc.errors",
         "liquidc.manifest",
+        "liquidc.records",
         "liquidc.text",
     },
 }

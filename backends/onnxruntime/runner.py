@@ -130,10 +130,12 @@ class OrtRunner(Runner):
             settings.enable_profiling = True
             settings.profile_file_prefix = profile
         self._engine, self._manifest, self._options = engine, manifest, options
+        if not is_text(str(engine)):
+            raise InputError(
+                f"{engine}: ONNX Runtime opens UTF-8 paths alone; rename the directory"
+            )
         self._model = model or read_artifact(OnnxArtifact, engine, manifest).model
         path = listed(engine, manifest, self._model)
-        if not is_text(str(path)):
-            raise InputError(f"{path}: ONNX Runtime opens UTF-8 paths alone; rename the directory")
         try:
             with huge_pages():
                 self._session: Any = ort.InferenceSession(
