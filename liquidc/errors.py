@@ -16,8 +16,6 @@ A message is one line: what is wrong, where, and what to do.
 
 from __future__ import annotations
 
-from liquidc.text import printable
-
 
 class LiquidWarning(UserWarning):
     """Something given to liquidc is suspicious; it goes on."""
@@ -56,20 +54,20 @@ class IRError(InputError):
         line: from 1.
         column: from 1.
         source: the text's line, shown with a caret under the column.
+
+    Attributes:
+        lines: of the whole message, one by one: a name of a file may itself hold a newline.
     """
 
     def __init__(
         self, message: str, file: str = "", line: int = 0, column: int = 0, source: str = ""
     ) -> None:
         self.file, self.line, self.column = file, line, column
+        self.lines = (message,)
         if file:
             caret = " " * (column - 1) + "^"
-            source = printable(source, keep="\t")
-            what = printable(f"{file}:{line}:{column}: {message}")
-            message = f"{what}\n  {source}\n  {caret}"
-        else:
-            message = printable(message)
-        super().__init__(message)
+            self.lines = (f"{file}:{line}:{column}: {message}", f"  {source}", f"  {caret}")
+        super().__init__("\n".join(self.lines))
 
 
 class UnsupportedError(InputError):

@@ -100,7 +100,8 @@ def report(error: BaseException, *, trace: bool, as_json: bool) -> int:
 def explain(error: BaseException) -> tuple[int, str]:
     """Exit code and message of an exception; the message is one line, and three of an IRError."""
     code, message = _explain(error)
-    return code, message if isinstance(error, IRError) else printable(message)
+    lines = error.lines if isinstance(error, IRError) else (message,)
+    return code, "\n".join(printable(line, keep="\t") for line in lines)
 
 
 def _explain(error: BaseException) -> tuple[int, str]:
