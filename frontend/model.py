@@ -17,7 +17,6 @@ from liquidc.frontend.moe import Experts
 from liquidc.frontend.protocol import LayerCache, Step
 from liquidc.frontend.router import DepthRouter
 from liquidc.frontend.semantic_ops import at_least_float32
-from liquidc.ir.weights import materialize
 
 
 @dataclass
@@ -81,12 +80,7 @@ class LiquidForCausalLM(nn.Module):
         """
         from liquidc.frontend.families import open_model
 
-        found = open_model(Path(path))
-        model = cls(found.config)
-        with torch.no_grad():
-            for name, parameter in model.state_dict().items():
-                parameter.copy_(materialize(found.weights[name], found.source))
-        return model
+        return open_model(Path(path)).load()
 
     def save_directory(self, path: str | Path) -> None:
         """Write config.json and model.safetensors into the directory `path`."""

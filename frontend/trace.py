@@ -1,6 +1,6 @@
 """From a PyTorch model to the IR: each distinct layer is traced once, on the meta device.
 
-`trace_directory` compiles a checkpoint; `trace` any module that follows `protocol` (see
+`trace_checkpoint` compiles a checkpoint; `trace` any module that follows `protocol` (see
 docs/protocol.md). No weight is read: parameters become lazy expressions by their names.
 """
 
@@ -10,8 +10,7 @@ import inspect
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any, Protocol, cast, runtime_checkable
+from typing import TYPE_CHECKING, Any, Protocol, cast, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -36,6 +35,9 @@ from liquidc.frontend.protocol import LayerCache
 from liquidc.ir import Dim, DType, Function, Module, TensorType, Value, ops
 from liquidc.ir.weights import WeightExpr
 
+if TYPE_CHECKING:
+    from liquidc.frontend.families import Checkpoint
+
 I64, F32, BOOL, I8 = DType.I64, DType.F32, DType.BOOL, DType.I8
 
 
@@ -59,22 +61,14 @@ class Decoder(Protocol):
         ...
 
 
-def trace_directory(directory: Path) -> Module:
-    """The IR of a checkpoint directory, with @prefill and @decode.
+def trace_checkpoint(checkpoint: Checkpoint) -> Module:
+    """The IR of an opened checkpoint, with @prefill and @decode.
 
     Raises:
-        ConfigError: config.json is not supported.
-        CheckpointError: a tensor is missing or has another shape.
         UnsupportedError: the model does something that has no translation.
     """
-    from liquidc.frontend.families import open_model
-    from liquidc.frontend.model import LiquidForCausalLM
-
-    checkpoint = open_model(directory)
     config = checkpoint.config
-    with torch.device("meta"):
-        model = LiquidForCausalLM(config)
-    module = trace(model, checkpoint.weights)
+    module = trace(checkpoint.skeleton, checkpoint.weights)
     module.attributes |= {
         "max_positions": config.max_position_embeddings,
         "vocab_size": config.vocab_size,

@@ -74,12 +74,17 @@ class ModelInput(Protocol):
 class DirectoryInput:
     """A checkpoint directory: config.json, safetensors, tokenizer.json.
 
+    It is opened once: what `trace` and `weights` use is what was checked.
+
+    Warns:
+        LiquidWarning: tensors or fields that nothing uses.
+
     Raises:
-        InputError: it is no directory, or its config can't be read.
+        InputError: it is no directory, its config is not supported, or a tensor is missing.
     """
 
     def __init__(self, path: Path) -> None:
-        from liquidc.frontend.checkpoint import CheckpointSource
+        from liquidc.frontend.families import open_model
 
         if not path.is_dir():
             what = "not a directory" if path.exists() else "no such directory"
@@ -87,30 +92,27 @@ class DirectoryInput:
         self.origin: Path | None = path.resolve()
         self._path = path
         self.type = model_type(path / "config.json")
-        self._source = CheckpointSource(path)
+        self._opened = open_model(path)
 
     @property
     def sha256(self) -> str:
         """See `ModelInput`."""
-        return self._source.sha256
+        return self._opened.source.sha256
 
     @property
     def weights(self) -> WeightSource:
         """See `ModelInput`."""
-        return self._source
+        return self._opened.source
 
     def check(self) -> None:
         """See `ModelInput`."""
-        from liquidc.frontend.families import open_model
-
-        open_model(self._path)
         self.files()
 
     def trace(self) -> Module:
         """See `ModelInput`."""
-        from liquidc.frontend.trace import trace_directory
+        from liquidc.frontend.trace import trace_checkpoint
 
-        return trace_directory(self._path)
+        return trace_checkpoint(self._opened)
 
     def files(self) -> dict[str, bytes]:
         """See `ModelInput`."""

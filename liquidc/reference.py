@@ -45,16 +45,16 @@ class Reference:
         Raises:
             InputError: it is another one, or can't be read.
         """
-        from liquidc.frontend.checkpoint import CheckpointSource
+        from liquidc.frontend.families import open_model
 
-        source = CheckpointSource(directory)
-        found = source.sha256
+        opened = open_model(directory)
+        found = opened.source.sha256
         if found != sha256:
             raise InputError(
                 f"{directory}: not the model that the engine was compiled from (its hash is "
                 f"{found[:12]}…, the engine's {sha256[:12]}…); give the right one with --model DIR"
             )
-        return cls(LiquidForCausalLM.from_directory(directory), source)
+        return cls(opened.load(), opened.source)
 
     @torch.no_grad()
     def evaluate(self, ids: Sequence[int], force: Sequence[int] | None = None) -> ReferenceResult:

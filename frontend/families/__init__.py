@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from liquidc.frontend.config import LiquidConfig
     from liquidc.frontend.families.common import Data, Family
     from liquidc.frontend.families.tensors import Tensors
+    from liquidc.frontend.model import LiquidForCausalLM
     from liquidc.ir.weights import WeightExpr
 
 
@@ -38,14 +39,29 @@ class Checkpoint:
     """A checkpoint directory, checked.
 
     Attributes:
-        config: of the model that computes what the checkpoint's does.
-        weights: of what each of its parameters is made.
-        source: the tensors.
+        config: config of the Liquid Transformer that computes the same.
+        skeleton: that model on the meta device, without weights.
+        weights: the expression that each of its parameters is computed from, by name.
+        source: the tensors of the checkpoint.
     """
 
     config: LiquidConfig
+    skeleton: LiquidForCausalLM
     weights: Mapping[str, WeightExpr]
     source: CheckpointSource
+
+    def load(self) -> LiquidForCausalLM:
+        """The float32 model with its weights."""
+        import torch
+
+        from liquidc.frontend.model import LiquidForCausalLM
+        from liquidc.ir.weights import materialize
+
+        model = LiquidForCausalLM(self.config)
+        with torch.no_grad():
+            for name, parameter in model.state_dict().items():
+                parameter.copy_(materialize(self.weights[name], self.source))
+        return model
 
 
 @cache
@@ -105,11 +121,6 @@ def open_model(directory: Path) -> Checkpoint:
         raise ConfigError(f"{directory / 'config.json'}: {error}") from None
 
 
-def read_config(directory: Path) -> LiquidConfig:
-    """The config alone; see `open_model`."""
-    return open_model(directory).config
-
-
 def _open(directory: Path, data: dict[str, Any], source: CheckpointSource) -> Checkpoint:
     import torch
 
@@ -148,7 +159,7 @@ def _open(directory: Path, data: dict[str, Any], source: CheckpointSource) -> Ch
         stored = weights[EMBEDDING].type.dtype
         config = replace(config, dtype=_SAVED_IN.get(stored, "float32"))
     _tell_unused(directory, tensors.unused(family.ignored if family else ()))
-    return Checkpoint(config, weights, source)
+    return Checkpoint(config, model, weights, source)
 
 
 def _tied_or_not(

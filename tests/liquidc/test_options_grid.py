@@ -20,7 +20,8 @@ from click.testing import CliRunner, Result
 import liquidc
 from liquidc.cli.compile import command
 from liquidc.cli.main import cli
-from liquidc.frontend.trace import trace_directory
+from liquidc.frontend.families import open_model
+from liquidc.frontend.trace import trace_checkpoint
 from liquidc.ir import print_module
 from liquidc.machine import DEFAULT
 from liquidc.plan import CompileOptions
@@ -156,7 +157,7 @@ class Place:
             corpus = path / "corpus.txt"
             corpus.write_text("What a profile counts: tokens, gates, experts. " * 4)
             call("profile", directory, "--data", corpus, "-o", files["PROFILE"])
-            files["TRACE"].write_text(print_module(trace_directory(directory)))
+            files["TRACE"].write_text(print_module(trace_checkpoint(open_model(directory))))
             files["DATA"].write_text(
                 "Other words that nobody has seen before today, or has he? " * 3
             )
