@@ -24,10 +24,10 @@ import torch
 from safetensors.torch import save_file
 
 from liquidc.errors import CheckpointError
-from liquidc.files import check_regular, read_file
+from liquidc.files import check_regular, open_regular
 from liquidc.ir.types import DType, TensorType
 from liquidc.ir.weights import torch_dtype
-from liquidc.records import canonical
+from liquidc.records import MAX_JSON_BYTES, canonical, read_json
 
 if TYPE_CHECKING:
     from torch import nn
@@ -47,8 +47,6 @@ DTYPES = {
     "BOOL": DType.BOOL,
 }
 """Element types that can be read, by their names in safetensors; others are left alone."""
-_MAX_HEADER_BYTES = 100_000_000
-"""A longer header is refused, as by the library."""
 _BLOCK = 1 << 24
 """Bytes that are hashed at a time."""
 
@@ -218,10 +216,7 @@ def _read_index(directory: Path) -> dict[str, str]:
         CheckpointError: the index is no index, or names something outside the directory.
     """
     path = directory / INDEX
-    try:
-        content: Any = json.loads(read_file(path, CheckpointError))
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path}: not valid JSON ({error})") from None
+    content = read_json(path, CheckpointError)
     entries = cast(dict[str, Any], content).get("weight_map") if type(content) is dict else None
     if type(entries) is not dict or not entries:
         raise CheckpointError(f"{path}: has no weight_map from tensors to files")
@@ -241,12 +236,11 @@ def _read_header(path: Path) -> dict[str, _Entry]:
     """
     if not os.path.lexists(path):
         raise CheckpointError(f"{path}: missing; the checkpoint is incomplete, download it again")
-    check_regular(path, CheckpointError)
     try:
-        with path.open("rb") as file:
+        with open_regular(path, CheckpointError) as file:
             size = os.fstat(file.fileno()).st_size
             length = int.from_bytes(file.read(8), "little")
-            if length > min(size - 8, _MAX_HEADER_BYTES):
+            if length > min(size - 8, MAX_JSON_BYTES):
                 raise ValueError(f"a header of {length} bytes in a file of {size}")
             header: Any = json.loads(file.read(length).decode())
         return _entries(path.name, header, 8 + length, size)

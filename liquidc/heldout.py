@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-import json
+import os
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,10 +15,12 @@ import torch
 from numpy.typing import NDArray
 
 from liquidc.errors import InputError
+from liquidc.files import read_utf8
 from liquidc.ir import Module
 from liquidc.ir.interpreter import Interpreter, first_call
 from liquidc.ir.weights import WeightSource
 from liquidc.profile import Profile
+from liquidc.records import parse_json
 from liquidc.tokenizer import Tokenizer
 
 WINDOW = 256
@@ -62,13 +64,8 @@ def read_text(
     Raises:
         InputError: it can't be read, is too short, or the profile was made with it.
     """
-    try:
-        data = path.read_bytes()
-        text = data.decode()
-    except FileNotFoundError:
-        raise InputError(f"{path}: no held-out text; give one with --data FILE") from None
-    except UnicodeDecodeError:
-        raise InputError(f"{path}: not UTF-8 text") from None
+    text = held_out_text(path)
+    data = text.encode()
     starts = list[int]()
     if path.suffix == ".json":
         ids = parse_ids(path, text)
@@ -94,16 +91,24 @@ def read_text(
     )
 
 
+def held_out_text(path: Path) -> str:
+    """The text in a file of held-out data.
+
+    Raises:
+        InputError: there is none, it can't be read, or is not UTF-8.
+    """
+    if not os.path.lexists(path):
+        raise InputError(f"{path}: no held-out text; give one with --data FILE")
+    return read_utf8(path, InputError)
+
+
 def parse_ids(path: Path, text: str) -> list[int]:
     """The token ids in a JSON file.
 
     Raises:
         InputError: it is no list of ids.
     """
-    try:
-        ids: Any = json.loads(text)
-    except ValueError as error:
-        raise InputError(f"{path}: not valid JSON ({error})") from None
+    ids = parse_json(text, str(path), InputError)
     if not isinstance(ids, list) or not all(type(i) is int for i in cast(list[Any], ids)):
         raise InputError(f"{path}: must be a list of token ids")
     return cast(list[int], ids)

@@ -6,14 +6,13 @@ itself, so the same inputs give the same engine.
 
 from __future__ import annotations
 
-import json
 import math
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 
 from liquidc.errors import InputError
-from liquidc.records import from_json
+from liquidc.records import from_json, read_json
 
 DEFAULT = Path(__file__).with_name("machines") / "onnxruntime-cpu.json"
 
@@ -121,9 +120,7 @@ def read_table(path: Path) -> MachineTable:
         InputError: there is none, or it is damaged.
     """
     try:
-        table = from_json(MachineTable, json.loads(path.read_text(encoding="utf-8")))
-    except OSError as error:
-        raise InputError(f"{path}: {error.strerror or error}") from None
+        table = from_json(MachineTable, read_json(path, InputError))
     except ValueError as error:
         raise InputError(f"{path}: not a machine table: {error}") from None
     numbers = (*table.product, table.conditional, table.op, table.find_rows, table.move_row)

@@ -7,13 +7,12 @@ in one canonical form and sealed with its own hash, so that every changed byte i
 from __future__ import annotations
 
 import hashlib
-import json
 from dataclasses import dataclass, field
 from pathlib import PurePosixPath
 from typing import Any, cast
 
 from liquidc.errors import EngineError
-from liquidc.records import canonical, from_json, to_json
+from liquidc.records import canonical, from_json, parse_json, to_json
 
 FORMAT = "liquidc-engine"
 SCHEMA = 2
@@ -215,10 +214,7 @@ def parse_manifest(data: bytes, where: str) -> Manifest:
         EngineError: it is no manifest, of a newer schema, malformed, or changed after it was
             written.
     """
-    try:
-        body: Any = json.loads(data)
-    except (ValueError, RecursionError) as error:
-        raise EngineError(f"{where}: not valid JSON ({error}); compile the engine again") from None
+    body = parse_json(data, where, EngineError)
     entries = cast(dict[str, Any], body) if isinstance(body, dict) else {}
     if entries.get("format") != FORMAT:
         raise EngineError(f"{where}: not the manifest of a liquidc engine")
@@ -235,8 +231,13 @@ def parse_manifest(data: bytes, where: str) -> Manifest:
         )
     if schema != SCHEMA:
         raise EngineError(f"{where}: schema must be {SCHEMA}, not {schema!r}")
-    seal = entries.pop("seal", None)
-    if seal != _seal(entries) or canonical({**entries, "seal": seal}) != data:
+    try:
+        written = canonical(entries)
+        seal = entries.pop("seal", None)
+        sealed = written == data and seal == _seal(entries)
+    except ValueError:  # NaN or infinity, which `canonical` never writes
+        sealed = False
+    if not sealed:
         raise EngineError(f"{where}: changed after it was written; compile the engine again")
     entries.pop("format")
     try:

@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from liquidc import facts
 from liquidc.errors import InputError
 from liquidc.fidelity import LogitMetrics
+from liquidc.files import read_utf8
 from liquidc.heldout import HeldOutText, Report, Scorer
 from liquidc.ir import Module, ops
 from liquidc.ir.quantised import Grid, dequantise
@@ -71,10 +72,8 @@ def read_recipe(path: Path) -> Recipe:
         InputError: it can't be read, or is none.
     """
     try:
-        given = tomllib.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise InputError(f"{path}: {error.strerror}; give a recipe in TOML") from None
-    except (UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        given = tomllib.loads(read_utf8(path, InputError))
+    except (ValueError, RecursionError) as error:  # long integers are no TOMLDecodeError
         raise InputError(f"{path}: not TOML: {error}") from None
     weights = given.get("weights")
     if set(given) != {"weights"} or not isinstance(weights, dict):

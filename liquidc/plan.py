@@ -11,6 +11,7 @@ from liquidc.backends.registry import get_backend
 from liquidc.effects import check_plan, check_start, check_without
 from liquidc.engine import sha256_file
 from liquidc.errors import InputError, TargetUnavailable
+from liquidc.files import check_regular
 from liquidc.option_text import Named, parse_named
 from liquidc.passes.registry import PROFILED
 from liquidc.passplan import PassPlan, default_passes, plan_passes, profiled_passes
@@ -95,6 +96,7 @@ def _told(value: object) -> str:
         return " ".join(map(_told, cast(tuple[object, ...], value)))
     if not isinstance(value, Path):
         return str(value)
+    check_regular(value, InputError)
     try:
         return sha256_file(value)
     except OSError as error:

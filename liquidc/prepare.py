@@ -9,7 +9,9 @@ from typing import TYPE_CHECKING
 
 from liquidc.engine import sha256_file
 from liquidc.errors import InputError
+from liquidc.files import read_utf8
 from liquidc.ir import Module, parse_module, verify
+from liquidc.ir.parser import MAX_BYTES
 from liquidc.machine import read_table
 from liquidc.passes.base import PassContext
 from liquidc.profile import read_profile
@@ -60,10 +62,7 @@ def read_ir(path: Path) -> Module:
     Raises:
         InputError: it is none.
     """
-    try:
-        module = parse_module(path.read_text(encoding="utf-8"), str(path))
-    except UnicodeDecodeError:
-        raise InputError(f"{path}: not UTF-8 text") from None
+    module = parse_module(read_utf8(path, InputError, MAX_BYTES), str(path))
     verify(module)
     return module
 

@@ -7,7 +7,7 @@ layer; a token that a gate skipped was never shown to a router.
 
 from __future__ import annotations
 
-import json
+import os
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from liquidc.errors import InputError
-from liquidc.records import canonical, from_json, to_json
+from liquidc.records import canonical, from_json, read_json, to_json
 
 FORMAT = "liquidc-profile"
 SCHEMA = 1
@@ -184,14 +184,9 @@ def read_profile(path: Path) -> Profile:
     Raises:
         InputError: there is none, or it is damaged or too new.
     """
-    try:
-        if path.stat().st_size > MAX_BYTES:
-            raise InputError(f"{path}: larger than {MAX_BYTES} bytes; not a profile")
-        body: Any = json.loads(path.read_bytes())
-    except FileNotFoundError:
-        raise InputError(f"{path}: no such profile; make one with liquidc profile") from None
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"{path}: not valid JSON ({error})") from None
+    if not os.path.lexists(path):
+        raise InputError(f"{path}: no such profile; make one with liquidc profile")
+    body = read_json(path, InputError, MAX_BYTES)
     entries = cast(dict[str, Any], body) if isinstance(body, dict) else {}
     if entries.pop("format", None) != FORMAT:
         raise InputError(f"{path}: not a profile of liquidc")

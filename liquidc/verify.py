@@ -9,11 +9,11 @@ therefore compared with a reference whose routes are forced to the engine's, tok
 
 from __future__ import annotations
 
-import json
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -29,7 +29,8 @@ from liquidc.fidelity import (
     decide,
     matching,
 )
-from liquidc.heldout import parse_ids
+from liquidc.heldout import held_out_text, parse_ids
+from liquidc.records import read_object
 from liquidc.runtime import Engine
 from liquidc.trace_proof import Proof, prove
 from liquidc.weight_check import Finding, check_weights
@@ -146,13 +147,9 @@ def find_reference(engine: Path) -> Path:
     """
     log = build_log_path(engine)
     hint = "give the model with --model DIR"
-    try:
-        content: Any = json.loads(log.read_bytes())
-    except FileNotFoundError:
-        raise InputError(f"{engine}: no reference, for {log.name} is missing; {hint}") from None
-    except ValueError as error:
-        raise InputError(f"{log}: not valid JSON ({error}); {hint}") from None
-    source = cast(dict[str, Any], content).get("source")
+    if not os.path.lexists(log):
+        raise InputError(f"{engine}: no reference, for {log.name} is missing; {hint}")
+    source = read_object(log, InputError).get("source")
     if not isinstance(source, str):
         raise InputError(f"{log}: names no model directory; {hint}")
     if not Path(source).is_dir():
@@ -166,12 +163,7 @@ def read_held_out(path: Path, engine: Engine) -> HeldOut:
     Raises:
         InputError: it can't be read, is empty, or needs a tokenizer that the engine lacks.
     """
-    try:
-        text = path.read_text(encoding="utf-8")
-    except FileNotFoundError:
-        raise InputError(f"{path}: no held-out text; give one with --data FILE") from None
-    except UnicodeDecodeError:
-        raise InputError(f"{path}: not UTF-8 text") from None
+    text = held_out_text(path)
     if path.suffix == ".json":
         return HeldOut(tuple(engine.encode(parse_ids(path, text))))
     if engine.tokenizer is None:

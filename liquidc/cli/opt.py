@@ -88,14 +88,13 @@ def command(
 
 def _read(path: Path) -> str:
     from liquidc.errors import InputError
+    from liquidc.files import read_utf8
+    from liquidc.ir.parser import MAX_BYTES
 
     if str(path) == "-":
         with decoding("standard input"):
             return sys.stdin.read()
-    try:
-        return path.read_text(encoding="utf-8")
-    except UnicodeDecodeError:
-        raise InputError(f"{path}: not UTF-8 text") from None
+    return read_utf8(path, InputError, MAX_BYTES)
 
 
 def _explain(rule: str, statistics: Statistics) -> str:

@@ -29,6 +29,8 @@ _TOKEN = re.compile(
     re.VERBOSE,
 )
 T = TypeVar("T")
+MAX_BYTES = 256 * 1024 * 1024
+"""Limit of a file of IR."""
 MAX_DEPTH = 100
 """Blocks and lists nest at most this deep."""
 

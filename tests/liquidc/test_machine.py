@@ -91,6 +91,7 @@ def test_damaged_tables(change: dict[str, Any], message: str, tmp_path: Path) ->
 def test_no_table(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="No such file"):
         read_table(tmp_path / "absent.json")
-    (tmp_path / "text.json").write_text("{")
-    with pytest.raises(InputError, match="not a machine table"):
-        read_table(tmp_path / "text.json")
+    for text, message in (("{", "not valid JSON"), ("{}", "not a machine table")):
+        (tmp_path / "text.json").write_text(text)
+        with pytest.raises(InputError, match=message):
+            read_table(tmp_path / "text.json")
