@@ -21,6 +21,8 @@ SCHEMA = 2
 MANIFEST = "manifest.json"
 MAX_BYTES = 64 * 1024 * 1024
 """A manifest larger than this is refused unread."""
+MAX_LAYERS = 65_536
+"""Layers of a model."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -242,12 +244,55 @@ def parse_manifest(data: bytes, where: str) -> Manifest:
     entries.pop("format")
     try:
         manifest = from_json(Manifest, entries)
+        _check(manifest)
     except ValueError as error:
         raise EngineError(f"{where}: {error}") from None
+    return manifest
+
+
+def _check(manifest: Manifest) -> None:
+    """Check what types can't say.
+
+    Raises:
+        ValueError: a value is out of range, or contradicts another.
+    """
+    model, cache = manifest.model, manifest.cache
     for name in manifest.files:
         if not is_safe_name(name):
-            raise EngineError(f"{where}: the file name {name!r} leads out of the engine")
-    return manifest
+            raise ValueError(f"the file name {name!r:.80} leads out of the engine")
+    if "prefill" not in manifest.functions:
+        raise ValueError("functions have no prefill")
+    if not 0 <= model.layers <= MAX_LAYERS or model.vocabulary < 1 or (model.context or 1) < 1:
+        raise ValueError("model.layers, model.vocabulary or model.context is out of range")
+    for number, gate in enumerate(model.gates):
+        if not _is_gate(gate, model):
+            raise ValueError(f"model.gates[{number}] is not a gate of this model")
+    for number, info in enumerate(model.experts):
+        counts = (info.per_token, info.shared, info.identity)
+        if not 0 <= info.layer < model.layers or not all(0 <= n <= info.experts for n in counts):
+            raise ValueError(f"model.experts[{number}] are not experts of this model")
+        if info.places and len(info.places) < info.experts - info.identity:
+            raise ValueError(f"model.experts[{number}].places lack an expert")
+    if {len(manifest.cost.run), len(manifest.cost.skip)} != {len(model.gates)}:
+        raise ValueError("cost does not have an entry for each gate")
+    if cache is not None:
+        if not 0 <= cache.layers <= MAX_LAYERS:
+            raise ValueError(f"cache.layers is not from 0 to {MAX_LAYERS}")
+        if not all(dim in ("B", "S") or (type(dim) is int and dim > 0) for dim in cache.shape):
+            raise ValueError("cache.shape is not of B, S and sizes")
+
+
+def _is_gate(gate: GateInfo, model: ModelInfo) -> bool:
+    """Whether a gate and its regions name layers and gates of the model."""
+    regions = gate.regions
+    named = {n for r in regions for masks in (r.masks, *r.within, *r.without) for n in masks}
+    return (
+        0 <= gate.layer < model.layers
+        and gate.compare in ("gt", "ge")
+        and gate.fixed in (-1, 0, 1)
+        and {region.lowering for region in regions} <= {"branch", "compact", "mask"}
+        and named <= set(range(len(model.gates)))
+    )
 
 
 def is_safe_name(name: str) -> bool:

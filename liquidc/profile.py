@@ -161,6 +161,12 @@ class Profile:
         """The share of tokens that ran a gate's layer."""
         return self.gates[gate].run / self.tokens
 
+    @property
+    def parts(self) -> tuple[object, ...]:
+        """Which gates and experts the model has; equal in all profiles of one model."""
+        gates = [(gate.layer, gate.threshold) for gate in self.gates]
+        return self.model, gates, [(e.layer, e.per_token, len(e.load)) for e in self.experts]
+
     def to_bytes(self) -> bytes:
         """The file."""
         return canonical({"format": FORMAT, **to_json(self)})
@@ -202,6 +208,21 @@ def read_profile(path: Path) -> Profile:
     return profile
 
 
+def _check_sample(profile: Profile) -> None:
+    """Check the tokens to show.
+
+    Raises:
+        ValueError: a token has no path of all gates.
+    """
+    sample, gates = profile.sample, len(profile.gates)
+    if sample is None:
+        return
+    if len(sample.pieces) != len(sample.paths):
+        raise ValueError("the sample does not have a path for each token")
+    if any(len(path) != gates or set(path) - {"0", "1"} for path in sample.paths):
+        raise ValueError(f"a path of the sample is not {gates} digits 0 or 1")
+
+
 def merge(profiles: Sequence[Profile]) -> Profile:
     """One profile of all the tokens of several.
 
@@ -211,6 +232,8 @@ def merge(profiles: Sequence[Profile]) -> Profile:
     total = profiles[0]
     for other in profiles[1:]:
         other.check_model(total.model.sha256)
+        if other.parts != total.parts:
+            raise InputError("the profiles are of one model, but tell of other gates or experts")
         total = _add(total, other)
     return total
 
@@ -284,8 +307,24 @@ def _check(profile: Profile) -> None:
         raise ValueError("paths do not count the tokens")
     if any(len(path) != paths.gates or set(path) - {"0", "1"} for path in paths.counts):
         raise ValueError(f"a path is not {paths.gates} digits 0 or 1")
+    layers = range(profile.model.layers)
+    if not all(gate.layer in layers for gate in profile.gates):
+        raise ValueError(f"a gate is not in one of the {len(layers)} layers")
+    counts = [*profile.data.values(), *paths.counts.values()]
+    counts += [
+        n for each in (*profile.transitions, *(g.margins for g in profile.gates)) for n in each
+    ]
+    counts += [n for gate in profile.gates for n in (gate.margin, gate.entropy)]
+    if min(counts) < 0:
+        raise ValueError("a count is negative")
+    _check_sample(profile)
     for number, experts in enumerate(profile.experts):
         count = len(experts.load)
+        if experts.layer not in layers or not 1 <= experts.per_token <= count:
+            raise ValueError(f"experts[{number}] are not those of a layer")
+        counts = [experts.tokens, experts.entropy or 0, *experts.load, *(experts.saliency or ())]
+        if min(counts) < 0 or any(min(row) < 0 for row in experts.together):
+            raise ValueError(f"experts[{number}] have a negative count")
         square = len(experts.together) == count
         if not square or any(len(row) != count for row in experts.together):
             raise ValueError(f"experts[{number}].together is not {count} by {count}")

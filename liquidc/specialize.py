@@ -201,8 +201,11 @@ class Lossy:
         """Read the files that will be needed, before anything is computed.
 
         Raises:
-            InputError: text is missing, too short or the wrong one, or a recipe is none.
+            InputError: text is missing, too short or the wrong one, a recipe is none, or the
+                profile tells of other gates or experts.
         """
+        if self._context.profile is not None:
+            _check_parts(self._context.profile, traced)
         if self._options.recipe is not None:
             read_recipe(self._options.recipe)
         if calibrates(self._passes):
@@ -374,3 +377,20 @@ class Lossy:
             profile,
             most,
         )
+
+
+def _check_parts(profile: Profile, traced: Module) -> None:
+    """Check that a profile tells of the gates and the experts that the model has.
+
+    Raises:
+        InputError: it does not, although it names the model: it was edited.
+    """
+    model = facts.model_info(traced, "", "")
+    gates, told = [gate.layer for gate in model.gates], [gate.layer for gate in profile.gates]
+    if gates != told:
+        raise InputError(
+            f"the profile has {len(told)} gates, the module {len(gates)}, or in other layers"
+        )
+    experts = [(info.layer, info.experts) for info in model.experts]
+    if experts != [(info.layer, len(info.load)) for info in profile.experts]:
+        raise InputError("the profile has other experts than the module")

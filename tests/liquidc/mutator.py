@@ -125,7 +125,9 @@ def mutate_json(random: Random, value: Any) -> bytes:
         elif way == 3:
             holder[key] = {key: moved, "more": [moved]}
     else:
-        holder[key : key + 1] = random.choice(([], [inside, inside], [inside] * 1000, [new, inside]))
+        holder[key : key + 1] = random.choice(
+            ([], [inside, inside], [inside] * 1000, [new, inside])
+        )
     text = json.dumps(changed, ensure_ascii=random.random() < 0.5)
     return text.replace(f'"{hole}"', raw).encode(errors="surrogatepass")
 
