@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -10,7 +11,7 @@ from liquidc.errors import EngineError
 from liquidc.records import from_json
 
 if TYPE_CHECKING:
-    from liquidc.manifest import Manifest
+    from liquidc.manifest import Manifest, TensorSpec
 
 T = TypeVar("T")
 
@@ -89,3 +90,51 @@ def listed(engine: Path, manifest: Manifest, name: str) -> Path:
     if name not in manifest.files:
         raise EngineError(f"{engine}: the manifest names {name!r:.80}, which it does not list")
     return engine / name
+
+
+def check_signature(
+    engine: Path,
+    manifest: Manifest,
+    inputs: Sequence[TensorSpec],
+    outputs: Sequence[TensorSpec],
+    function: str = "prefill",
+) -> None:
+    """Compare what a graph takes and returns with the manifest, which callers go by.
+
+    Args:
+        engine: the directory, for messages.
+        manifest: of the engine.
+        inputs: of the graph.
+        outputs: of the graph; it may have others that the manifest does not name.
+        function: what the graph computes.
+
+    Raises:
+        EngineError: a name, an element type or a size differs.
+    """
+    entry, cache, model = manifest.functions.get(function), manifest.cache, manifest.model
+    shape = () if cache is None else cache.shape
+    buffers = set[str]() if cache is None else set(cache.buffers)
+    sizes = {"gates": len(model.gates), "gate_p": len(model.gates)}
+    returned = {spec.name: spec for spec in outputs}
+    fits = (
+        entry is not None
+        and all(_same(spec, entry.input(spec.name)) for spec in inputs)
+        and all(_same(spec, returned.get(spec.name)) for spec in entry.outputs)
+        and all(_same(spec, spec, shape) for spec in inputs if spec.name in buffers)
+        and {spec.name for spec in inputs if spec.name.startswith("past.")} == buffers
+        and "logits" in returned
+        and returned["logits"].shape[-1] in (model.vocabulary, None)
+        and all(returned[name].shape[:1] == (n,) for name, n in sizes.items() if name in returned)
+    )
+    if not fits:
+        raise EngineError(f"{engine}: the manifest does not describe its {function}")
+
+
+def _same(a: TensorSpec, b: TensorSpec | None, shape: Sequence[int | str] | None = None) -> bool:
+    """Whether element types are equal, and dimensions where both are sizes."""
+    if b is None:
+        return False
+    wanted = b.shape if shape is None else shape
+    pairs = zip(a.shape, wanted, strict=False)
+    known = all(x == y for x, y in pairs if isinstance(x, int) and isinstance(y, int))
+    return a.dtype == b.dtype and len(a.shape) == len(wanted) and known

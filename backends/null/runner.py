@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from liquidc.backends.artifact import NullArtifact, listed, read_artifact
+from liquidc.backends.artifact import NullArtifact, check_signature, listed, read_artifact
 from liquidc.backends.base import Arrays, Cache, Guard, Runner, Trace, path_regions
 from liquidc.backends.null.backend import load_module
 from liquidc.backends.weights_file import NAME, WeightsFile
@@ -21,8 +21,9 @@ from liquidc.ir import Module, Op, ops, verify
 from liquidc.ir.experts import experts_held, layers_of_experts
 from liquidc.ir.interpreter import Frame, Interpreter
 from liquidc.ir.regions import Key, is_commit, regions_of
-from liquidc.ir.types import DType
+from liquidc.ir.types import DType, TensorType
 from liquidc.ir.weights import torch_dtype
+from liquidc.manifest import TensorSpec
 
 if TYPE_CHECKING:
     from liquidc.manifest import Manifest
@@ -63,6 +64,15 @@ class NullRunner(Runner):
         artifact = read_artifact(NullArtifact, engine, manifest)
         self._module = load_module(listed(engine, manifest, artifact.module))
         verify(self._module)
+        for name, function in self._module.functions.items():
+            results = zip(function.result_names, function.returned, strict=True)
+            check_signature(
+                engine,
+                manifest,
+                [_spec(value.name, value.type) for value in function.args],
+                [_spec(result, value.type) for result, value in results],
+                name,
+            )
         self._weights = WeightsFile(
             listed(engine, manifest, NAME),
             {name: expr.type for name, expr in self._module.weights.items()},
@@ -126,6 +136,10 @@ class NullRunner(Runner):
         """Unmap the weights."""
         self._interpreter.weights.clear()
         self._weights.close()
+
+
+def _spec(name: str, type: TensorType) -> TensorSpec:
+    return TensorSpec(name, str(type.dtype), type.shape)
 
 
 class _CountingRunner(NullRunner):

@@ -14,13 +14,14 @@ import numpy as np
 import onnxruntime as ort
 from numpy.typing import NDArray
 
-from liquidc.backends.artifact import OnnxArtifact, listed, read_artifact
+from liquidc.backends.artifact import OnnxArtifact, check_signature, listed, read_artifact
 from liquidc.backends.base import Arrays, Cache, Guard, Runner, RunnerOptions, Trace, path_regions
 from liquidc.backends.onnxruntime.backend import NODES
 from liquidc.backends.onnxruntime.huge_pages import huge_pages
 from liquidc.errors import EngineError, InputError, InternalError
 from liquidc.ir import DType
 from liquidc.ir.regions import Key
+from liquidc.manifest import TensorSpec
 from liquidc.text import is_text
 
 if TYPE_CHECKING:
@@ -144,6 +145,12 @@ class OrtRunner(Runner):
         except Exception as error:  # those of ONNX Runtime share no class
             raise EngineError(f"{path}: ONNX Runtime refuses it ({error})") from None
         self._inputs = {node.name for node in self._session.get_inputs()}
+        check_signature(
+            engine,
+            manifest,
+            [_spec(node) for node in self._session.get_inputs()],
+            [_spec(node) for node in self._session.get_outputs()],
+        )
         self._takes_length = "kv_len" in self._inputs
         self._outputs = [node.name for node in self._session.get_outputs()]
         self._told = {
@@ -245,6 +252,26 @@ class OrtRunner(Runner):
     def close(self) -> None:
         """Free the session."""
         self._session = None
+
+
+_TYPES = {
+    "double": "f64",
+    "float": "f32",
+    "float16": "f16",
+    "bfloat16": "bf16",
+    "int64": "i64",
+    "int32": "i32",
+    "int8": "i8",
+    "uint8": "u8",
+    "bool": "bool",
+}
+"""Our names of element types by ONNX Runtime's."""
+
+
+def _spec(node: Any) -> TensorSpec:
+    """What ONNX Runtime says about an input or output."""
+    name = str(node.type).removeprefix("tensor(").removesuffix(")")
+    return TensorSpec(node.name, _TYPES.get(name, name), tuple(node.shape))
 
 
 def _past(name: str) -> str:
