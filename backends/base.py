@@ -8,15 +8,17 @@ JSON object, which the manifest keeps as `artifact`.
 
 from __future__ import annotations
 
+import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, cast
 
 import numpy as np
 from numpy.typing import NDArray
 
+from liquidc.errors import InputError
 from liquidc.ir.regions import Key
 from liquidc.ir.weights import WeightExpr, WeightSource
 
@@ -99,6 +101,15 @@ class Stage:
     load: Callable[[Path], Any] | None = None
 
 
+THREADS_PER_CORE = 16
+"""More threads than that only wait for one another, and each takes memory."""
+
+
+def max_threads() -> int:
+    """The most threads that can be asked for on this machine."""
+    return THREADS_PER_CORE * (os.cpu_count() or 1)
+
+
 @dataclass(frozen=True, slots=True)
 class RunnerOptions:
     """How to run an engine.
@@ -108,11 +119,22 @@ class RunnerOptions:
         bench: use the settings that the target recommends for measuring.
         speculate: whether a target with graphs of fixed depth tries one before the general one;
             None does it where the engine's profile says that it pays.
+
+    Raises:
+        InputError: `threads` is not from 1 to `max_threads()`.
     """
 
     threads: int | None = None
     bench: bool = False
     speculate: bool | None = None
+
+    def __post_init__(self) -> None:
+        threads, most = cast(object, self.threads), max_threads()
+        if threads is not None and (type(threads) is not int or not 1 <= threads <= most):
+            raise InputError(
+                f"threads must be from 1 to {most}, which is {THREADS_PER_CORE} for each core of "
+                f"this machine, not {threads!r:.40}"
+            )
 
 
 @dataclass(slots=True)
@@ -197,10 +219,12 @@ class Runner(ABC):
     Attributes:
         bench_note: the settings that `RunnerOptions.bench` chose, for reports.
         guard: counts of speculation; None if the engine has no speculative code.
+        closed: whether `close` was called.
     """
 
     bench_note: str = ""
     guard: Guard | None = None
+    closed: bool = False
 
     @abstractmethod
     def new_cache(self, batch: int, capacity: int) -> Cache:
@@ -233,7 +257,7 @@ class Runner(ABC):
 
     @abstractmethod
     def close(self) -> None:
-        """Free what the runner holds; it can't be used afterwards."""
+        """Free what the runner holds and set `closed`; it can't be used afterwards."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -46,7 +46,9 @@ def compile(
     """
     from liquidc.pipeline import compile_model
     from liquidc.plan import CompileOptions
+    from liquidc.values import path_of
 
+    output = path_of(output, "the output")
     return load(compile_model(model, output, CompileOptions(target=target, **options)).engine)
 
 

@@ -15,6 +15,7 @@ from liquidc.files import check_regular
 from liquidc.option_text import Named, parse_named
 from liquidc.passes.registry import PROFILED
 from liquidc.passplan import PassPlan, default_passes, plan_passes, profiled_passes
+from liquidc.records import check_fields
 
 WHOLE = ("hoist-common", "group-experts", "order-experts")
 """After these passes a layer is still one conditional with one op for its experts."""
@@ -52,6 +53,9 @@ class CompileOptions:
         start: stage whose artefact is read from a file instead of being computed.
         force: replace an engine that is there.
         resume: go on where a killed compile stopped, and keep what is complete if this one stops.
+
+    Raises:
+        InputError: a value is of another type.
     """
 
     target: str = "onnxruntime"
@@ -75,6 +79,12 @@ class CompileOptions:
     start: tuple[str, Path] | None = None
     force: bool = False
     resume: bool = False
+
+    def __post_init__(self) -> None:
+        try:
+            check_fields(self)
+        except ValueError as error:
+            raise InputError(f"the option {error}") from None
 
     @property
     def choices(self) -> Choices:

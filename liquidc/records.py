@@ -117,6 +117,41 @@ def from_json(kind: type[T], value: Any, where: str = "") -> T:
     return cast(T, _read(kind, value, where))
 
 
+def check_fields(record: Any) -> None:
+    """Check the types of a dataclass's fields, whatever its caller passed.
+
+    Args:
+        record: its fields are of `str`, `bool`, `int`, `float` (which takes an `int`), `Path`,
+            tuples of these, or None.
+
+    Raises:
+        ValueError: a value is of another type; the message names the field.
+    """
+    hints = typing.get_type_hints(type(record))
+    for field in dataclasses.fields(record):
+        value = getattr(record, field.name)
+        if not _is(hints[field.name], value):
+            wanted = str(getattr(hints[field.name], "__name__", hints[field.name]))
+            kind = type(value).__name__
+            wanted = wanted.replace("pathlib.", "")
+            raise ValueError(f"{field.name} must be {wanted}, not {value!r:.40} of type {kind}")
+
+
+def _is(kind: Any, value: Any) -> bool:
+    origin, args = typing.get_origin(kind), typing.get_args(kind)
+    if origin in (typing.Union, types.UnionType):
+        return any(_is(option, value) for option in args)
+    if origin is tuple:
+        if not isinstance(value, tuple):
+            return False
+        given = cast("tuple[Any, ...]", value)
+        kinds = args[:1] * len(given) if args[-1] is Ellipsis else args
+        return len(given) == len(kinds) and all(map(_is, kinds, given))
+    if kind in (int, float):
+        return type(value) is int or type(value) is kind
+    return isinstance(value, kind)
+
+
 def _read(kind: Any, value: Any, where: str) -> Any:
     if kind is Any:
         return value

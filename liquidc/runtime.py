@@ -31,6 +31,7 @@ from liquidc.sampling import Sampler
 from liquidc.session import DepthControls, Ids, Session, StepResult, check_controls, check_ids
 from liquidc.text import is_text
 from liquidc.tokenizer import StopFilter, TextStream, Tokenizer
+from liquidc.values import integer, integers, items, path_of
 
 NEW_TOKENS = 64
 """How many tokens are generated if nobody says."""
@@ -76,7 +77,7 @@ def load(
         EngineError: the engine is damaged, incomplete or too new, or it changes all the time.
         TargetUnavailable: its target can't run here.
     """
-    path = Path(directory)
+    path = path_of(directory, "an engine")
     for _ in range(ATTEMPTS):
         before = _stamps(path)
         try:
@@ -157,6 +158,7 @@ class Engine:
         self._gates_of = layers
 
     def __enter__(self) -> Self:
+        self._check_open()
         return self
 
     def __exit__(
@@ -167,14 +169,31 @@ class Engine:
     ) -> None:
         self.close()
 
+    def _check_open(self) -> None:
+        """Check that there is an engine to run.
+
+        Raises:
+            InputError: it was closed.
+        """
+        if self.runner.closed:
+            raise InputError("the engine was closed; load it again")
+
     def close(self) -> None:
-        """Free the engine's memory, and end the process of its chat template."""
+        """Free the engine's memory and end the process of its chat template.
+
+        Nothing can be computed afterwards; to close it again does nothing.
+        """
         self.runner.close()
         if self.chat_template is not None:
             self.chat_template.close()
 
     def with_runner(self, runner: Runner) -> Engine:
-        """This engine on another runner of its target."""
+        """This engine on another runner of its target.
+
+        Raises:
+            InputError: the engine was closed.
+        """
+        self._check_open()
         return Engine(
             self.manifest,
             runner,
@@ -187,14 +206,15 @@ class Engine:
         """Token ids of a prompt.
 
         Raises:
-            InputError: it is empty or not made of the engine's tokens.
+            InputError: it is empty or not made of the engine's tokens, or the engine was closed.
         """
+        self._check_open()
         if isinstance(prompt, str):
             if self.tokenizer is None:
                 raise InputError("the engine has no tokenizer: give token ids")
             ids = self.tokenizer.encode(prompt) if prompt else []
         else:
-            ids = [int(token) for token in prompt]
+            ids = integers(prompt, "the prompt")
         if not ids:
             raise InputError("the prompt is empty")
         check_ids(self.manifest, ids)
@@ -210,6 +230,7 @@ class Engine:
             InputError: the engine has no tokenizer or no chat template, or the template refuses
                 the conversation.
         """
+        self._check_open()
         if self.tokenizer is None:
             raise InputError("the engine has no tokenizer: give token ids")
         if self.chat_template is None:
@@ -271,10 +292,11 @@ class Engine:
             max_new_tokens = wants.max_new_tokens or NEW_TOKENS
             if wants.max_length is not None and wants.max_new_tokens is None:
                 max_new_tokens = max(1, min(max_new_tokens, wants.max_length - len(ids)))
+        max_new_tokens = integer(max_new_tokens, "max_new_tokens")
         if max_new_tokens < 1:
             raise InputError(f"max_new_tokens must be 1 or more, not {max_new_tokens}")
         ends, texts = self._stops(stop)
-        force = None if gate_force is None else tuple(int(value) for value in gate_force)
+        force = None if gate_force is None else tuple(integers(gate_force, "gate_force"))
         depth = DepthControls(gate_bias, min_depth, force)
         check_controls(self.manifest, depth)
         sampler = Sampler(
@@ -297,8 +319,9 @@ class Engine:
         Raises:
             InputError: an id is not in the vocabulary, or a text can't be found in any output.
         """
-        texts = tuple(text for text in stop if isinstance(text, str))
-        ids = [int(token) for token in stop if not isinstance(token, str)]
+        given = items(stop, "stop")
+        texts = tuple(text for text in given if isinstance(text, str))
+        ids = integers([token for token in given if not isinstance(token, str)], "a stop token")
         check_ids(self.manifest, ids)
         if self.tokenizer is None:
             if texts:
@@ -380,6 +403,7 @@ class Engine:
         Raises:
             InputError: as `logits`.
         """
+        ids = integers(ids, "tokens")
         session = self.session(capacity=max(len(ids), 1))
         return session.prefill(ids, every=True, depth=depth)
 
@@ -391,7 +415,7 @@ class Engine:
             capacity: tokens that each row can hold; default and limit is the model's context.
 
         Raises:
-            InputError: out of range.
+            InputError: out of range, or the engine was closed.
         """
         return Session(self.manifest, self.runner, batch, capacity)
 

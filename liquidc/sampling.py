@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from liquidc.errors import EngineError, InputError
+from liquidc.values import integer, number
 
 
 def log_softmax(logits: NDArray[np.floating]) -> NDArray[np.float64]:
@@ -52,6 +53,10 @@ class Sampler:
         min_p: float = 0.0,
         repetition_penalty: float = 1.0,
     ) -> None:
+        temperature, top_p = number(temperature, "temperature"), number(top_p, "top_p")
+        seed, top_k = integer(seed, "seed"), integer(top_k, "top_k")
+        min_p = number(min_p, "min_p")
+        repetition_penalty = number(repetition_penalty, "repetition_penalty")
         if not (math.isfinite(temperature) and temperature >= 0):
             raise InputError(f"temperature must be 0 or more, not {temperature}")
         if not 0 < top_p <= 1:

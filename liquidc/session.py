@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import cast
@@ -10,11 +11,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 from liquidc.backends.base import Arrays, Cache, Runner
-from liquidc.errors import InputError
+from liquidc.errors import EngineError, InputError
+from liquidc.ir.types import DType
 from liquidc.manifest import Manifest
+from liquidc.measure import available_memory
+from liquidc.values import integer, integers, items, number
 
 CHUNK = 512
 """Tokens that a prompt is fed at a time, so that memory does not grow with its length squared."""
+
+UNCHECKED = 64 * 1024 * 1024
+"""Bytes of a cache that are allocated without a look at what memory is free."""
 
 Ids = Sequence[int]
 
@@ -80,6 +87,8 @@ class Session:
         self, manifest: Manifest, runner: Runner, batch: int, capacity: int | None
     ) -> None:
         context = manifest.model.context
+        batch = integer(batch, "batch")
+        capacity = None if capacity is None else integer(capacity, "capacity")
         if batch < 1:
             raise InputError(f"batch must be 1 or more, not {batch}")
         if capacity is None:
@@ -89,8 +98,10 @@ class Session:
         if capacity < 1 or (context is not None and capacity > context):
             limit = "" if context is None else f" and at most the context of the model, {context}"
             raise InputError(f"{capacity} tokens asked for; it must be 1 or more{limit}")
+        _check_memory(manifest, batch, capacity)
         self._manifest = manifest
         self._runner = runner
+        self._check_open()
         self.batch = batch
         self.capacity = capacity
         self.lengths = np.zeros(batch, np.int64)
@@ -114,16 +125,32 @@ class Session:
         """Cache slots taken by layer and row, i64[L, B]."""
         return self._cache.kv_len
 
+    def _check_open(self) -> None:
+        """Check that there is an engine to run.
+
+        Raises:
+            InputError: it was closed.
+        """
+        if self._runner.closed:
+            raise InputError("the engine was closed; load it again")
+
     def mark(self) -> Mark:
-        """This moment, for `rewind`."""
+        """This moment, for `rewind`.
+
+        Raises:
+            InputError: the engine was closed.
+        """
+        self._check_open()
         return Mark(self.lengths.copy(), self._cache.kv_len)
 
     def rewind(self, mark: Mark) -> None:
         """Forget the tokens that were fed since the mark was made: nothing is computed or copied.
 
         Raises:
-            InputError: the mark is of another session, or of a moment that was itself forgotten.
+            InputError: the mark is of another session, or of a moment that was itself forgotten, or
+                the engine was closed.
         """
+        self._check_open()
         now = self._cache.kv_len
         fits = mark.lengths.shape == self.lengths.shape and mark.kv_len.shape == now.shape
         if not fits or (mark.lengths > self.lengths).any() or (mark.kv_len > now).any():
@@ -153,9 +180,13 @@ class Session:
             is padding (gates false, experts -1, logits unspecified).
 
         Raises:
-            InputError: nothing to feed, an unknown token, too many tokens, or an engine without
-                cache that would need one.
+            InputError: nothing to feed, an unknown token, too many tokens, an engine without cache
+                that would need one, or one that was closed.
         """
+        self._check_open()
+        chunk = None if chunk is None else integer(chunk, "chunk")
+        if chunk is not None and chunk < 1:
+            raise InputError(f"chunk must be 1 or more, not {chunk}")
         rows = self._rows(ids)
         self._ask(depth or DEFAULT)
         count = max(map(len, rows))
@@ -198,6 +229,9 @@ class Session:
         Raises:
             InputError: as `prefill`.
         """
+        self._check_open()
+        if isinstance(ids, str) or not hasattr(ids, "__len__"):
+            ids = integers(ids, "tokens")
         if len(ids) != self.batch:
             raise InputError(f"{len(ids)} tokens for {self.batch} rows")
         if active is None and self._can_continue and self.lengths.max() < self.capacity:
@@ -216,14 +250,15 @@ class Session:
         return self._manifest.cache is not None
 
     def _rows(self, ids: Ids | Sequence[Ids]) -> list[list[int]]:
-        nested = len(ids) > 0 and not isinstance(ids[0], int | np.integer)
-        rows = [list(row) for row in cast(Sequence[Ids], ids)] if nested else [list(cast(Ids, ids))]
+        given = items(ids, "tokens")
+        nested = any(isinstance(row, Sequence) or getattr(row, "ndim", 0) for row in given)
+        rows = [integers(row, "a token") for row in (given if nested else [given])]
         if len(rows) != self.batch:
             raise InputError(f"tokens for {len(rows)} rows, the session has {self.batch}")
         if not any(rows):
             raise InputError("there are no tokens to run")
         for row, given in enumerate(rows):
-            check_ids(self._manifest, given)
+            _check_known(self._manifest, given)
             if self.lengths[row] + len(given) > self.capacity:
                 raise InputError(
                     f"row {row} holds {self.lengths[row]} of {self.capacity} tokens; "
@@ -289,6 +324,28 @@ class Session:
         )
 
 
+def _check_memory(manifest: Manifest, batch: int, capacity: int) -> None:
+    """Check that a cache fits into memory, before it is allocated.
+
+    Raises:
+        EngineError: its element type is none.
+        InputError: it does not fit.
+    """
+    cache = manifest.cache
+    if cache is None:
+        return
+    if cache.dtype not in set(DType):
+        raise EngineError(f"the manifest: a cache of {cache.dtype!r:.40}; compile the engine again")
+    named = {"B": batch, "S": capacity}
+    sizes = [dim if isinstance(dim, int) else named[dim] for dim in cache.shape]
+    size = math.prod(sizes) * DType(cache.dtype).bytes * len(cache.buffers)
+    if size > UNCHECKED and size > (free := available_memory()):
+        raise InputError(
+            f"a cache of {batch} rows of {capacity} tokens takes {size / 1e9:.1f} GB, and "
+            f"{free / 1e9:.1f} GB of memory are free; ask for fewer"
+        )
+
+
 def check_controls(manifest: Manifest, depth: DepthControls) -> None:
     """Check that the engine can do what `depth` asks.
 
@@ -296,6 +353,10 @@ def check_controls(manifest: Manifest, depth: DepthControls) -> None:
         InputError: it can't, or a value is out of range.
     """
     gates, layers = len(manifest.model.gates), manifest.model.layers
+    number(depth.gate_bias, "gate_bias")
+    integer(depth.min_depth, "min_depth")
+    if depth.gate_force is not None:
+        integers(depth.gate_force, "gate_force")
     if depth == DepthControls():
         return
     inputs = {spec.name for spec in manifest.functions["prefill"].inputs}
@@ -322,10 +383,19 @@ def check_controls(manifest: Manifest, depth: DepthControls) -> None:
 
 
 def check_ids(manifest: Manifest, ids: Ids) -> None:
-    """Check that the engine knows the tokens.
+    """Check that tokens are integers that the engine knows.
 
     Raises:
-        InputError: it does not.
+        InputError: they are not.
+    """
+    _check_known(manifest, integers(ids, "a token"))
+
+
+def _check_known(manifest: Manifest, ids: Ids) -> None:
+    """`check_ids`, of what are integers.
+
+    Raises:
+        InputError: the engine does not know a token.
     """
     vocabulary = manifest.model.vocabulary
     for token in ids:

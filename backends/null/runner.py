@@ -134,6 +134,7 @@ class NullRunner(Runner):
 
     def close(self) -> None:
         """Unmap the weights."""
+        self.closed = True
         self._interpreter.weights.clear()
         self._weights.close()
 

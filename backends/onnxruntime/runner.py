@@ -251,6 +251,7 @@ class OrtRunner(Runner):
 
     def close(self) -> None:
         """Free the session."""
+        self.closed = True
         self._session = None
 
 

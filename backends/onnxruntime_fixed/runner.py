@@ -100,6 +100,7 @@ class FixedRunner(Runner):
 
     def close(self) -> None:
         """Free the sessions."""
+        self.closed = True
         for session in (self._masked, *self._paths.values()):
             session.close()
 
