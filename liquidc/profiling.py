@@ -124,9 +124,13 @@ def profile_corpus(
 def replace_file(path: Path, data: bytes) -> None:
     """Write a file whole or not at all."""
     aside = path.with_name(path.name + ".new")
-    with writing(path):
-        write_durably(aside, data)
-        aside.replace(path)
+    try:
+        with writing(path):
+            write_durably(aside, data)
+            aside.replace(path)
+    except BaseException:
+        aside.unlink(missing_ok=True)
+        raise
 
 
 def _window(observer: Observer, wanted: int) -> int:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping, Sequence
+import re
+from collections.abc import Callable, Generator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from liquidc.errors import InputError
 from liquidc.files import read_file
-from liquidc.records import read_object
+from liquidc.records import parse_json, read_object
 from liquidc.special_tokens import TOKENIZER_CONFIG, SpecialTokens, read_special_tokens
 from liquidc.text import is_text
 
@@ -44,13 +46,12 @@ class Tokenizer:
 
         data = read_file(path, InputError)
         special = read_special_tokens(path.parent)
-        try:
+        _refuse_cut_merges(path, data)
+        with _guarded(path, "not a tokenizer.json"):
             inner = tokenizers.Tokenizer.from_buffer(data)
             _add_tokens(inner, special)
-        except Exception as error:  # the library raises no narrower class
-            raise InputError(f"{path}: not a tokenizer.json ({error})") from None
-        inner.no_truncation()
-        inner.no_padding()
+            inner.no_truncation()
+            inner.no_padding()
         if _adds_nothing(special.config, path.with_name("config.json")):
             inner.post_processor = tokenizers.processors.TemplateProcessing(
                 single="$A", pair="$A $B"
@@ -102,13 +103,19 @@ class Tokenizer:
         `special` False: without them; those that are written in the text are read either way.
 
         Raises:
-            InputError: the text holds a lone surrogate, so it has no UTF-8.
+            InputError: the text holds a lone surrogate, so it has no UTF-8, or the tokenizer can't
+                encode it.
         """
         return list(self._encoding(text, special).ids)
 
     def decode(self, ids: Sequence[int]) -> str:
-        """The text of token ids, special tokens left out."""
-        return self._inner.decode(list(ids))
+        """The text of token ids, special tokens left out.
+
+        Raises:
+            InputError: the tokenizer can't decode them.
+        """
+        with _guarded(self._path, "the tokenizer can't decode this"):
+            return self._inner.decode(list(ids))
 
     def spans(self, text: str) -> tuple[list[int], list[int]]:
         """Token ids of a text, and for each token the byte of the text where it starts.
@@ -126,7 +133,50 @@ class Tokenizer:
     def _encoding(self, text: str, special: bool) -> tokenizers.Encoding:
         if not is_text(text):
             raise InputError(f"{text!r:.80} is not valid Unicode text: it holds a lone surrogate")
-        return self._inner.encode(text, add_special_tokens=special)
+        with _guarded(self._path, "the tokenizer can't encode this"):
+            return self._inner.encode(text, add_special_tokens=special)
+
+
+@contextmanager
+def _guarded(path: Path, what: str) -> Generator[None]:
+    """Turn whatever the library raises into an error of the file.
+
+    Its errors have no narrower class than Exception, and its panics not even that one.
+
+    Raises:
+        InputError: it raised something.
+    """
+    try:
+        yield
+    except BaseException as error:
+        if not isinstance(error, Exception) and type(error).__module__ != "pyo3_runtime":
+            raise
+        raise InputError(f"{path}: {what} ({error})") from None
+
+
+_MARKS_PARTS = re.compile(rb'continuing_subword_prefix"\s*:\s*"[^"]|\\u00[4-7]')
+"""Where tokens may mark that they continue a word; an escape can hide the field's name."""
+
+
+def _refuse_cut_merges(path: Path, data: bytes) -> None:
+    """Refuse a merge whose second part lacks the mark that every merge cuts off.
+
+    `tokenizers` 0.23 cuts as many bytes anyway, and aborts the process if that splits a character.
+
+    Raises:
+        InputError: there is one.
+    """
+    if _MARKS_PARTS.search(data) is None:
+        return
+    told: Any = parse_json(data, str(path), InputError)
+    try:
+        mark, merges = told["model"]["continuing_subword_prefix"] or "", told["model"]["merges"]
+        parts = [m.split(" ")[1] if isinstance(m, str) else m[1] for m in merges]
+        cut = not all(part.startswith(mark) for part in parts)
+    except (TypeError, KeyError, IndexError, AttributeError):
+        return  # another kind of model, or none: the library says so
+    if cut:
+        raise InputError(f"{path}: not a tokenizer.json (a merge lacks {mark!r:.40})")
 
 
 def _add_tokens(inner: tokenizers.Tokenizer, special: SpecialTokens) -> None:

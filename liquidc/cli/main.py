@@ -55,6 +55,7 @@ class LazyGroup(click.Group):
         for parameter in command.params:
             if type(parameter.type) is click.types.StringParamType:
                 parameter.type = Text()
+        _add_traceback(command)
         return command
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
@@ -129,6 +130,20 @@ def _silence_stdout() -> None:
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
+def _traceback() -> click.Option:
+    """The option; `LazyGroup.main` looks for it itself, since errors are reported there."""
+    help = "Show the traceback of an internal error."
+    return click.Option(["--traceback"], is_flag=True, expose_value=False, help=help)
+
+
+def _add_traceback(command: click.Command) -> None:
+    """Let a verb and its own verbs take `--traceback` too, once."""
+    if not any(parameter.name == "traceback" for parameter in command.params):
+        command.params.append(_traceback())
+    for inner in command.commands.values() if isinstance(command, click.Group) else ():
+        _add_traceback(inner)
+
+
 @click.group(
     cls=LazyGroup,
     invoke_without_command=True,
@@ -137,9 +152,8 @@ def _silence_stdout() -> None:
     "available here, 4 internal error. Every verb takes --json.",
 )
 @click.version_option(__version__, prog_name="liquidc")
-@click.option("--traceback", is_flag=True, help="Show the traceback of an internal error.")
 @click.pass_context
-def cli(ctx: click.Context, traceback: bool) -> None:
+def cli(ctx: click.Context) -> None:
     r"""Compile decoder LLMs with dynamic depth and sparse experts, run and verify the engines.
 
     \b
@@ -148,9 +162,11 @@ def cli(ctx: click.Context, traceback: bool) -> None:
       liquidc run engine -p "The with statement" --show-depth
       liquidc verify engine
     """
-    del traceback
     if ctx.invoked_subcommand is None:
         click.echo(ctx.get_help())
+
+
+_add_traceback(cli)
 
 
 def main() -> None:
@@ -172,10 +188,40 @@ def main() -> None:
             setattr(sys, name, open(os.devnull, mode))
         elif isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors=errors)
+    if not debug() and "--traceback" not in sys.argv:
+        _own_stderr()
     warnings.simplefilter("ignore")
     warnings.simplefilter("always", LiquidWarning)
     warnings.showwarning = _warn
     cli.main()
+
+
+class _BestEffort(io.FileIO):
+    """What can't be written is lost: there is no other place to say so."""
+
+    def write(self, data: Any, /) -> int:
+        """See the base class."""
+        try:
+            return super().write(data)
+        except OSError:
+            return memoryview(data).nbytes
+
+
+def _own_stderr() -> None:
+    """Leave standard error to this program alone.
+
+    Libraries that are not Python print there too: panics of `tokenizers` with a stack and with
+    text of the file, raw.
+    """
+    try:
+        kept, nothing = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    except OSError:  # it was closed
+        return
+    os.dup2(nothing, 2)
+    os.close(nothing)
+    raw = io.BufferedWriter(_BestEffort(kept, "w"))
+    encoding = sys.stderr.encoding
+    sys.stderr = io.TextIOWrapper(raw, encoding, errors="replace", line_buffering=True)
 
 
 def _warn(message: Warning | str, *rest: Any) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import shutil
 import subprocess
 import sys
@@ -112,6 +113,62 @@ def test_outputs_that_take_nothing(line: str, null_engine: Path) -> None:
         done = process(*given, capture_output=False, stdout=full, stderr=subprocess.PIPE)
     assert done.returncode == 2
     one_line(done.stderr, OUTPUTS[line])
+
+
+@pytest.mark.parametrize(
+    ("line", "code"),
+    [
+        ("inspect ENGINE", 0),
+        ("run ENGINE --ids 999", 2),
+        ("compile MODEL --target null --dry-run", 0),
+    ],
+)
+def test_errors_that_can_t_be_said(
+    line: str, code: int, null_engine: Path, model_directory: Path, tmp_path: Path
+) -> None:
+    """What can't be written to standard error changes no exit code."""
+    model = Path(shutil.copytree(model_directory, tmp_path / "model"))
+    (model / "generation_config.json").write_text('{"num_beams": 4}')
+    known = {"ENGINE": null_engine, "MODEL": model}
+    given = [known.get(word, word) for word in line.split()]
+    with open("/dev/full", "wb") as full:
+        done = process(*given, capture_output=False, stdout=subprocess.PIPE, stderr=full)
+    assert done.returncode == code
+
+
+def test_files_that_a_full_disk_does_not_take(null_engine: Path, tmp_path: Path) -> None:
+    ir = null_engine / "module.ir"
+    done = process("opt", ir, "-o", "/dev/full")
+    assert (done.returncode, done.stdout) == (2, b"")
+    one_line(done.stderr, "No space left on device")
+    data = tmp_path / "ids.jsonl"
+    data.write_text('{"ids": [1, 2, 3]}')
+    full = {"preexec_fn": lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (100, 100))}
+    done = process("profile", null_engine, "--data", data, "-o", tmp_path / "p.json", **full)
+    assert (done.returncode, done.stdout) == (2, b"")
+    error = done.stderr.splitlines(keepends=True)[-1]
+    one_line(error, "p.json: File too large; free some space or write elsewhere")
+    assert names(tmp_path) == ["ids.jsonl"]
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_traceback_before_and_after_the_verb(verb: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fault(*rest: object, **more: object) -> None:
+        raise ZeroDivisionError
+
+    command = cli.get_command(click.Context(cli), verb)
+    assert command is not None
+    inner = command.commands["merge"] if isinstance(command, click.Group) else command
+    words = [verb, *(["merge"] if command is not inner else [])]
+    monkeypatch.setattr(inner, "params", [p for p in inner.params if p.name == "traceback"])
+    monkeypatch.setattr(inner, "callback", fault)
+    for given in (["--traceback", *words], [*words, "--traceback"]):
+        result = call(*given)
+        assert result.exit_code == 4
+        assert "in fault\n" in result.stderr
+    assert call(*words).stderr.splitlines() == [
+        "error: ZeroDivisionError:  (a fault of liquidc; --traceback shows where)"
+    ]
 
 
 @pytest.mark.parametrize(
