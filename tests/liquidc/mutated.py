@@ -7,6 +7,7 @@ A case is a kind of file and a number, from which everything about it follows.
 
 from __future__ import annotations
 
+import faulthandler
 import hashlib
 import io
 import json
@@ -32,6 +33,7 @@ from click.testing import CliRunner
 from liquidc.cli import main as entry
 from liquidc.engine import MARK, PARTIAL
 from liquidc.errors import LiquidWarning
+from liquidc.inputs import TEMPLATE
 from liquidc.journal import Journal
 from liquidc.manifest import MANIFEST
 from liquidc.records import canonical
@@ -52,7 +54,7 @@ SMALL = {
     "depth_gate": {"layers": [1], "kv_policy": "drop"},
     "moe": {"num_experts": 2, "num_experts_per_tok": 1, "moe_intermediate_size": 4},
 }
-TEMPLATE = """{% for m in messages %}
+CHAT = """{% for m in messages %}
 {%- if m['role'] == 'system' %}<s>{{ m.content | trim }}{% else %}[{{ m.role }}] {{ m.content }}
 {%- endif %}{% endfor %}{% if add_generation_prompt %}[a]{% endif %}
 """
@@ -172,7 +174,6 @@ class World:
         self.model = save_model(place / "model", SMALL)
         (self.model / "generation_config.json").write_text(json.dumps(GENERATION))
         (self.model / "tokenizer_config.json").write_text(json.dumps(TOKENIZER_CONFIG))
-        (self.model / "chat_template.jinja").write_text(TEMPLATE)
         self.engine, self.profile = place / "engine", place / "profile.json"
         self.sharded, self.partial = place / "sharded", place / f"out{PARTIAL}"
         data = self.model / "heldout.txt"
@@ -301,16 +302,18 @@ def _index(world: World, random: Random) -> list[tuple[object, ...]]:
 
 
 def _beside(name: str) -> Commands:
-    """A file that is copied into the engine: both compile and run read it."""
+    """A file that is copied into the engine: both compile and run read it.
+
+    Of templates only what is written wrong: what one computes has a process with limits of its own.
+    """
 
     def commands(world: World, random: Random) -> list[tuple[object, ...]]:
-        data = (world.model / name).read_bytes()
-        if name.endswith(".json"):
-            data = _mutated(random, data)
+        template = name == TEMPLATE
+        if template:
+            data = mutate_text(random, CHAT)
         else:
-            data = mutate_text(random, data.decode())
-        engine = world.resealed(name, data)
-        chat = ("--chat",) if random.random() < 0.3 else ()
+            data = _mutated(random, (world.model / name).read_bytes())
+        engine, chat = world.resealed(name, data), ("--chat",) * template
         return [
             (*world.checkpoint(world.model, name, data), "--dry-run"),
             ("run", engine, "-p", "a <s> b", "-n", 2, "--json", *chat),
@@ -397,7 +400,7 @@ KINDS: dict[str, Commands] = {
     "index": _index,
     "tokenizer": _beside("tokenizer.json"),
     "tokenizer config": _beside("tokenizer_config.json"),
-    "template": _beside("chat_template.jinja"),
+    "template": _beside(TEMPLATE),
     "generation": _beside("generation_config.json"),
     "manifest": _manifest,
     "journal": _journal,
@@ -429,7 +432,10 @@ def program(kind: str, first: str, count: str) -> None:
         world = World(Path(place))
         print(peak(), flush=True)
         for outcome in world.cases(kind, range(int(first), int(first) + int(count))):
+            # Ends the process if a library hangs, which no signal handler of Python interrupts.
+            faulthandler.dump_traceback_later(6 * MAX_SECONDS, exit=True)
             print(json.dumps(asdict(outcome)), flush=True)
+        faulthandler.cancel_dump_traceback_later()
 
 
 if __name__ == "__main__":
