@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 from liquidc.corpus import Corpus
-from liquidc.engine import write_durably, writing
+from liquidc.durable import write_durably, writing
 from liquidc.errors import InputError
 from liquidc.observers import Observation, Observer, units
 from liquidc.profile import (

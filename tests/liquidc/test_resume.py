@@ -13,7 +13,8 @@ from typing import Any
 
 import pytest
 
-from liquidc.engine import MARK, SCRATCH
+from liquidc.durable import MARK
+from liquidc.engine import SCRATCH
 from liquidc.errors import InputError
 from liquidc.journal import Journal
 from liquidc.pipeline import CompileOptions, compile_model
