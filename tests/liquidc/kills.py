@@ -5,11 +5,12 @@ Run as a process of its own, which has one thread and may fork: `python -m tests
 
 from __future__ import annotations
 
+import itertools
 import os
 import random
 import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -100,6 +101,8 @@ def half(write: Write, output: Path) -> None:
     partial.mkdir()
     (partial / MARK).touch()
     (partial / "model.safetensors").write_bytes(NEW)
+    for name in ("manifest.json", "config.json"):
+        (partial / name).write_bytes(b"{")
     if write is write_engine:
         journal = Journal(partial / MARK)
         journal.begin({"content": NEW.decode()})
@@ -117,6 +120,8 @@ def both(write: Write, output: Path) -> None:
 STATES: dict[str, Callable[[Write, Path], None]] = {
     f.__name__: f for f in (nothing, old, half, both)
 }
+THERE = ("old", "both")
+"""States with an output, which no kill may lose."""
 
 
 def content(output: Path) -> bytes:
@@ -130,12 +135,13 @@ def content(output: Path) -> bytes:
     return files["model.safetensors"]
 
 
-def look_after(write: Write, place: Path, way: str) -> None:
-    """Run again after a kill: the new bytes, or a refusal that leaves a whole output."""
+def look_after(write: Write, place: Path, state: str, way: str) -> None:
+    """Run again after a kill in `state`: the new bytes, or a refusal that leaves a whole output."""
     force, resume = WAYS[way]
     output = place / "out"
     try:
         write(output, force=force, resume=resume)
+        assert force or state not in THERE
     except InputError as error:
         assert not force, error
         assert str(error) == f"{output}: exists already; --force replaces it"
@@ -149,53 +155,76 @@ def look_after(write: Write, place: Path, way: str) -> None:
     assert all((place / name).read_bytes() == NEW for name in beside)
 
 
-def sweep(kind: str, place: Path) -> int:
-    """Kill at every call of every way to run on every state; returns how often."""
+FEW = (
+    ("half", "plain"),
+    ("half", "resume"),
+    ("old", "force"),
+    ("both", "force"),
+)
+"""Runs that differ most."""
+ALL = tuple((state, way) for state in STATES for way in WAYS)
+
+
+def sweep(kind: str, place: Path, runs: Iterable[tuple[str, str]], after_each: int) -> int:
+    """Kill before every call of some runs; returns how often.
+
+    Args:
+        kind: of the output.
+        place: an empty directory.
+        runs: what is there and how it is run.
+        after_each: ways to run again that are tried after a kill, in turn.
+    """
     write, kills = WRITERS[kind], 0
-    os.fsync = lambda fd: None
-    for state, prepare in STATES.items():
-        start = place / state
+    turn = itertools.cycle(WAYS)
+    for state, way in runs:
+        start = place / "start"
         start.mkdir()
-        prepare(write, start / "out")
-        for way, (force, resume) in WAYS.items():
-            for before in range(1, 1000):
-                here = Path(shutil.copytree(start, place / "here"))
-                again = lambda: write(here / "out", force=force, resume=resume)  # noqa: B023, E731
-                if not killed(again, before):
-                    shutil.rmtree(here)
-                    break
-                kills += 1
-                for after in WAYS:
-                    copy = Path(shutil.copytree(here, place / "copy"))
-                    try:
-                        look_after(write, copy, after)
-                    except BaseException:
-                        print(f"{kind}: {state}, {way}, call {before}, then {after}", flush=True)
-                        raise
-                    shutil.rmtree(copy)
+        STATES[state](write, start / "out")
+        force, resume = WAYS[way]
+        for before in itertools.count(1):
+            here = Path(shutil.copytree(start, place / "here"))
+            if not killed(lambda: write(place / "here/out", force=force, resume=resume), before):  # noqa: B023
                 shutil.rmtree(here)
+                break
+            kills += 1
+            for after in itertools.islice(turn, after_each):
+                copy = Path(shutil.copytree(here, place / "copy"))
+                try:
+                    look_after(write, copy, state, after)
+                except BaseException:
+                    print(f"{kind}: {state}, {way}, call {before}, then {after}", flush=True)
+                    raise
+                shutil.rmtree(copy)
+            shutil.rmtree(here)
+        shutil.rmtree(start)
     return kills
 
 
-def chains(kind: str, place: Path, seed: int, count: int) -> None:
-    """Kill several processes one after the other, each at some call."""
-    write, chance = WRITERS[kind], random.Random(seed)
-    os.fsync = lambda fd: None
-    for number in range(count):
-        here = place / str(number)
+def chains(kind: str, place: Path, count: int) -> int:
+    """Kill several processes one after the other, each before some call; returns how often."""
+    write, chance, kills = WRITERS[kind], random.Random(0), 0
+    for _ in range(count):
+        here = place / "here"
         here.mkdir()
-        STATES[chance.choice(list(STATES))](write, here / "out")
+        state = chance.choice(list(STATES))
+        STATES[state](write, here / "out")
         for _ in range(chance.randint(2, 6)):
             force, resume = WAYS[chance.choice(list(WAYS))]
-            again = lambda: write(here / "out", force=force, resume=resume)  # noqa: B023, E731
-            killed(again, chance.randint(1, 70))
-        look_after(write, here, chance.choice(list(WAYS)))
+            before = chance.randint(1, 70)
+            kills += killed(lambda: write(place / "here/out", force=force, resume=resume), before)  # noqa: B023
+        look_after(write, here, state, chance.choice(list(WAYS)))
         shutil.rmtree(here)
+    return kills
+
+
+def main(mode: str, kind: str, place: Path) -> int:
+    os.fsync = os.fdatasync = lambda fd: None  # a kill loses nothing that was written
+    if mode == "few":
+        return sweep(kind, place, FEW, 1)
+    if mode == "all":
+        return sweep(kind, place, ALL, len(WAYS))
+    return chains(kind, place, 300)
 
 
 if __name__ == "__main__":
-    kind, place, *rest = sys.argv[1:]
-    if rest:
-        chains(kind, Path(place), *map(int, rest))
-    else:
-        print(sweep(kind, Path(place)))
+    print(main(sys.argv[1], sys.argv[2], Path(sys.argv[3])))
