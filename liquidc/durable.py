@@ -26,6 +26,8 @@ from liquidc.interrupt import Interruptible
 PARTIAL = ".partial"
 REPLACED = ".replaced"
 RESERVED = (PARTIAL, REPLACED)
+NEW = ".new"
+"""Suffix of a file that is renamed to its place when it is whole."""
 MARK = ".liquidc-partial"
 """The file that marks an unfinished directory as ours; of an engine it is the journal."""
 
@@ -102,6 +104,45 @@ def check_parents(output: Path, beside: Iterable[str]) -> None:
         raise InputError(f"{output}: the name is too long; choose one of at most {longest} bytes")
     if not os.access(parent, os.W_OK | os.X_OK):
         raise InputError(f"{parent}: can't be written (permission denied)")
+
+
+def check_file(output: Path, noun: str, *, force: bool, beside: Iterable[str] = (NEW,)) -> None:
+    """Find out that a file can't be written, before any work is done.
+
+    Args:
+        output: the file to be, in a directory that exists.
+        noun: what it is, for messages: "a profile".
+        force: replace a file that is there.
+        beside: suffixes of the names of the files that are used beside it.
+
+    Raises:
+        InputError: it can't.
+    """
+    check_name(output, noun)
+    if os.path.lexists(output) and not force:
+        raise InputError(f"{output}: exists already; --force replaces it")
+    if not output.parent.is_dir():
+        raise InputError(f"{output.parent}: no such directory")
+    with writing(output):
+        check_parents(Path(os.path.abspath(output)), beside)
+    for path in (output, *(output.with_name(output.name + suffix) for suffix in beside)):
+        if os.path.lexists(path) and not is_kind(path, stat.S_IFREG):
+            raise InputError(f"{path}: in the way and not a file; move it elsewhere")
+
+
+def replace_file(output: Path, data: bytes) -> None:
+    """Write a file whole or not at all.
+
+    Raises:
+        OSError: it can't be written.
+    """
+    aside = output.with_name(output.name + NEW)
+    try:
+        write_durably(aside, data)
+        os.replace(aside, output)
+    except BaseException:
+        aside.unlink(missing_ok=True)
+        raise
 
 
 def is_kind(path: Path, kind: int) -> bool:
