@@ -7,7 +7,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import ClassVar
 
-from liquidc.durable import DirectoryWriter, sync
+from liquidc.directory_writer import DirectoryWriter
+from liquidc.durable import sync
 from liquidc.engine import list_files
 from liquidc.errors import EngineError, InputError
 from liquidc.frontend.checkpoint import INDEX

@@ -15,7 +15,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import ClassVar
 
-from liquidc.durable import MARK, PARTIAL, RESERVED, DirectoryWriter, is_kind, sync, write_durably
+from liquidc.directory_writer import MARK, DirectoryWriter
+from liquidc.durable import PARTIAL, RESERVED, is_kind, sync, write_durably
 from liquidc.errors import EngineError, InputError
 from liquidc.journal import Journal
 from liquidc.manifest import MANIFEST, MAX_BYTES, FileInfo, Manifest, parse_manifest

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-from liquidc.durable import MARK
+from liquidc.directory_writer import MARK
 from liquidc.engine import EngineWriter, check_files, read_manifest
 from liquidc.errors import InputError
 from liquidc.journal import Journal

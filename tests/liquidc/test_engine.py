@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from liquidc.durable import MARK
+from liquidc.directory_writer import MARK
 from liquidc.engine import EngineWriter, build_log_path, check_files, read_manifest
 from liquidc.errors import EngineError, InputError
 from liquidc.interrupt import Interrupted

@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from liquidc.durable import MARK, check_file
+from liquidc.directory_writer import MARK
+from liquidc.durable import check_file
 from liquidc.engine import EngineWriter
 from liquidc.errors import InputError
 from liquidc.interrupt import Interrupted

@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from liquidc.durable import MARK
+from liquidc.directory_writer import MARK
 from liquidc.engine import SCRATCH
 from liquidc.errors import InputError
 from liquidc.journal import Journal
