@@ -2,18 +2,31 @@
 
 from __future__ import annotations
 
-import os
-import shutil
-import tempfile
 from collections.abc import Generator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
+from typing import ClassVar
 
-from liquidc.engine import list_files, sync, writing
+from liquidc.directory_writer import DirectoryWriter
+from liquidc.durable import sync
+from liquidc.engine import list_files
 from liquidc.errors import EngineError, InputError
 from liquidc.frontend.checkpoint import INDEX
 from liquidc.inputs import COPIED, model_type
-from liquidc.interrupt import Interruptible
+
+CONFIG = "config.json"
+
+
+class CheckpointWriter(DirectoryWriter):
+    """Writes a Liquid checkpoint; see `DirectoryWriter`."""
+
+    noun: ClassVar[str] = "a checkpoint"
+    last: ClassVar[str] = CONFIG
+
+    @staticmethod
+    def refuse_unless_ours(path: Path) -> None:
+        """See `DirectoryWriter.refuse_unless_ours`."""
+        _refuse_unless_checkpoint(path)
 
 
 def check_output(output: Path, *, force: bool = False) -> None:
@@ -24,17 +37,9 @@ def check_output(output: Path, *, force: bool = False) -> None:
         force: one that is there is replaced, if it is a checkpoint and nothing else.
 
     Raises:
-        InputError: it can't; nothing was changed.
+        InputError: it can't.
     """
-    parent = next(path for path in output.absolute().parents if os.path.lexists(path))
-    if not parent.is_dir():
-        raise InputError(f"{parent}: not a directory; write elsewhere")
-    if os.path.lexists(output):
-        if not force:
-            raise InputError(f"{output}: exists already; --force replaces it")
-        _refuse_unless_checkpoint(output)
-    if not os.access(parent, os.W_OK | os.X_OK):
-        raise InputError(f"{parent}: can't be written (permission denied)")
+    CheckpointWriter(output, force=force).check()
 
 
 @contextmanager
@@ -46,35 +51,11 @@ def whole_directory(output: Path, *, force: bool = False) -> Generator[Path]:
     Raises:
         InputError: see `check_output`; or no space, no permission.
     """
-    output = Path(os.path.realpath(output))
-    check_output(output, force=force)
-    made = [path for path in output.parents if not path.exists()]
-    with Interruptible() as signals, writing(output):
-        signals.hold()
-        output.parent.mkdir(parents=True, exist_ok=True)
-        aside = Path(tempfile.mkdtemp(prefix=f".{output.name}-", dir=output.parent))
-        try:
-            signals.release()
-            yield aside
-            for name in (*list_files(aside), "."):
-                sync(aside / name)
-            aside.chmod(0o755)
-            signals.hold()
-            if output.exists():
-                old = aside.with_name(f"{aside.name}-replaced")
-                output.rename(old)
-                aside.rename(output)
-                shutil.rmtree(old)
-            else:
-                aside.rename(output)
-            sync(output.parent)
-        except BaseException:
-            signals.hold()
-            shutil.rmtree(aside, ignore_errors=True)
-            for parent in made:
-                with suppress(OSError):
-                    parent.rmdir()
-            raise
+    with CheckpointWriter(output, force=force) as writer:
+        yield writer.path
+        for name in list_files(writer.path):
+            sync(writer.path / name)
+        writer.place()
 
 
 def _refuse_unless_checkpoint(path: Path) -> None:
@@ -84,7 +65,7 @@ def _refuse_unless_checkpoint(path: Path) -> None:
         InputError: it is something else, or holds a file that no checkpoint of ours has.
     """
     try:
-        kind = model_type(path / "config.json") if path.is_dir() else ""
+        kind = model_type(path / CONFIG) if path.is_dir() else ""
         extra = [name for name in list_files(path) if not _ours(name)] if kind else []
     except (InputError, EngineError):
         kind, extra = "", []

@@ -1,8 +1,9 @@
 """What of an unfinished engine is complete, so that a killed compile can be continued.
 
-One JSON object a line: first what the engine's bytes depend on, then pieces of files with their
-hashes, in the order in which they were completed. A line is written when its piece is on the disk.
-A line or a piece that is damaged ends what is taken up, so nothing needs to be trusted.
+Each line is the CRC-32 of a JSON object in 8 hexadecimal digits, a space, and the object: first
+what the engine's bytes depend on, then pieces of files with their hashes, in the order in which
+they were completed. A line is written when its piece is on the disk. The journal ends before the
+first damaged line, and a file before its first damaged piece, so nothing needs to be trusted.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import zlib
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -21,6 +23,8 @@ from liquidc.records import from_json
 FORMAT = "liquidc-journal"
 _BLOCK = 1 << 24
 """Bytes that are hashed at a time."""
+_MAX_LINE = 1 << 20
+"""Bytes of a line at most."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,6 +35,14 @@ class Piece:
     start: int
     end: int
     sha256: str
+
+
+@dataclass(frozen=True, slots=True)
+class _Header:
+    """The first line: what the engine's bytes depend on."""
+
+    format: str
+    key: dict[str, str]
 
 
 class Journal:
@@ -50,9 +62,14 @@ class Journal:
         self.resumed = 0
 
     @property
+    def files(self) -> list[str]:
+        """Names of the files of which something is complete."""
+        return [name for name, pieces in self._pieces.items() if pieces]
+
+    @property
     def started(self) -> bool:
         """Whether something is complete."""
-        return any(self._pieces.values())
+        return bool(self.files)
 
     @property
     def noted(self) -> int:
@@ -60,29 +77,30 @@ class Journal:
         return sum(pieces[-1].end for pieces in self._pieces.values() if pieces)
 
     def load(self, *, repair: bool = True) -> None:
-        """Read what a killed compile wrote.
+        """Read what a killed compile wrote, as far as it is not damaged.
 
         Args:
-            repair: cut off what follows a damaged line.
+            repair: cut off what follows.
         """
-        lines = self._path.read_bytes().splitlines(keepends=True)
         valid = 0
-        for line in lines:
-            try:
-                if not line.endswith(b"\n"):
+        with self._path.open("rb") as file:
+            while line := file.readline(_MAX_LINE):
+                try:
+                    self._take(_entry(line))
+                except (ValueError, RecursionError):
                     break
-                self._take(json.loads(line))
-            except ValueError:
-                break
-            valid += len(line)
+                valid += len(line)
+        if not self.started:
+            self._key = None
         if repair:
             os.truncate(self._path, valid)
 
     def _take(self, entry: Any) -> None:
         if self._key is None:
-            if not isinstance(entry, dict) or entry.get("format") != FORMAT:
+            header = from_json(_Header, entry)
+            if header.format != FORMAT:
                 raise ValueError("not a journal")
-            self._key = from_json(dict[str, str], entry["key"])
+            self._key = header.key
             return
         piece = from_json(Piece, entry)
         known = self._pieces.setdefault(piece.file, [])
@@ -102,7 +120,7 @@ class Journal:
         """
         if self._key is None:
             self._key = dict(key)
-            self._append({"format": FORMAT, "key": self._key})
+            self._append(_Header(FORMAT, self._key))
         self.check(key)
 
     def check(self, key: Mapping[str, str]) -> None:
@@ -145,15 +163,28 @@ class Journal:
         finally:
             os.close(descriptor)
         piece = Piece(self._name(path), start, end, _sha256(path, start, end))
-        self._append(asdict(piece))
+        self._append(piece)
         known.append(piece)
 
-    def _append(self, entry: dict[str, Any]) -> None:
-        with self._path.open("a") as file:
-            file.write(json.dumps(entry) + "\n")
+    def _append(self, entry: _Header | Piece) -> None:
+        text = json.dumps(asdict(entry)).encode()
+        with self._path.open("ab") as file:
+            file.write(b"%08x %b\n" % (zlib.crc32(text), text))
 
     def _name(self, path: Path) -> str:
         return path.relative_to(self._directory).as_posix()
+
+
+def _entry(line: bytes) -> Any:
+    """The object of a line.
+
+    Raises:
+        ValueError: the line is damaged or was not written to its end.
+    """
+    text = line[9:-1]
+    if line != b"%08x %b\n" % (zlib.crc32(text), text):
+        raise ValueError("not what was written")
+    return json.loads(text)
 
 
 def _sha256(path: Path, start: int, end: int) -> str:

@@ -19,7 +19,7 @@ from liquidc import cost, facts
 from liquidc.backends.base import Stage, StageContext
 from liquidc.calibrated import CalibratedSource
 from liquidc.effects import calibrates, check_compiled, check_model, mixes
-from liquidc.engine import EngineWriter, sha256_file, writing
+from liquidc.engine import EngineWriter, sha256_file
 from liquidc.errors import InputError
 from liquidc.inputs import DirectoryInput, ModelInput, ModuleInput
 from liquidc.ir import Module, print_module
@@ -121,7 +121,7 @@ def compile_model(
     check_dump(options)
     opened = open_model(model)
     source = CalibratedSource(opened.weights, writer.scratch, writer.journal)
-    with writer, writing(writer.output, resume=options.resume):
+    with writer:
         run = _Run(plan, options, opened, source, writer, progress or Silent())
         manifest = run.everything()
         resumed = writer.journal.resumed

@@ -202,7 +202,7 @@ def read_profile(path: Path) -> Profile:
         )
     try:
         profile = from_json(Profile, entries)
-        _check(profile)
+        check_counts(profile)
     except ValueError as error:
         raise InputError(f"{path}: {error}") from None
     return profile
@@ -284,7 +284,7 @@ def _sum(a: Sequence[int], b: Sequence[int]) -> tuple[int, ...]:
     return tuple(x + y for x, y in zip(a, b, strict=True))
 
 
-def _check(profile: Profile) -> None:
+def check_counts(profile: Profile) -> None:
     """Check what types can't say.
 
     Raises:

@@ -1,25 +1,28 @@
 """`liquidc profile`: run a corpus through a model or an engine and count what its gates decide.
 
-What was counted is kept in `OUT.partial` from time to time; `resume` goes on from there and gives
-the same bytes as a run without interruption.
+What was counted is kept in `OUT.partial` from time to time and when the run is interrupted;
+`resume` goes on from there and gives the same bytes as a run without interruption.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import time
 from collections import Counter
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import torch
 
 from liquidc.corpus import Corpus
-from liquidc.engine import write_durably, writing
+from liquidc.durable import NEW, PARTIAL, cannot_write, check_file, replace_file
 from liquidc.errors import InputError
+from liquidc.interrupt import Interruptible
 from liquidc.observers import Observation, Observer, units
 from liquidc.profile import (
     MARGINS,
@@ -29,12 +32,12 @@ from liquidc.profile import (
     Profile,
     ProfiledModel,
     Sample,
+    check_counts,
     merge,
 )
 from liquidc.records import canonical, from_json, to_json
 from liquidc.version import __version__
 
-PARTIAL = ".partial"
 KEEP_EVERY = 10.0
 """Seconds between two writes of what was counted so far."""
 SHOWN = 256
@@ -49,7 +52,7 @@ class ProfileOptions:
         window: tokens that are run at a time, from an empty cache.
         max_tokens: stop after the block with which so many tokens were counted; None for all.
         sample: keep some text with its decisions, for the report's picture.
-        resume: go on where an interrupted run stopped.
+        resume: go on where a run stopped; else what it kept is removed.
         force: replace the output.
     """
 
@@ -77,60 +80,72 @@ def profile_corpus(
         report: called with "bytes", how many were read, and how many there are.
 
     Raises:
-        InputError: the data are empty or unusable, the output exists, or there is nothing to
-            resume.
+        InputError: the data are empty or unusable, the output exists or can't be written, or what
+            `resume` would go on with is damaged or of another run.
     """
     options = options or ProfileOptions()
+    check_output(output, options)
     report = report or (lambda what, done, total: None)
     tokenizer = observer.tokenizer
     corpus = Corpus(data, None if tokenizer is None else tokenizer.encode)
-    window, sha256 = _window(observer, options.window), corpus.sha256
-    key = {"corpus": sha256, "model": observer.model.sha256, "window": window}
+    window = _window(observer, options.window)
+    key = _Key(corpus.sha256, observer.model.sha256, window)
     partial = output.with_name(output.name + PARTIAL)
-    counted, at = _begin(output, partial, key, options)
+    counted, at = _resumed(partial, key, corpus) if options.resume else (None, 0)
+    if not options.resume:
+        partial.unlink(missing_ok=True)
     kept = time.monotonic()
 
     def keep() -> None:
-        profile = None if counted is None else to_json(counted)
-        replace_file(partial, canonical({**key, "at": at, "profile": profile}))
+        if counted is not None:
+            replace_file(partial, _State(key, at, counted).to_bytes())
 
-    try:
-        for block in corpus.blocks(window, at):
-            tally = Tally(observer, sha256)
-            for ids in block.sequences:
-                _check_ids(observer, ids, data)
-                sample = options.sample and counted is None and not tally.tokens
-                tally.add(ids, observer.observe(ids), sample=sample)
-            parts = [part for part in (counted, tally.profile()) if part is not None]
-            counted, at = merge(parts) if parts else None, block.end
-            report("bytes", at, corpus.size)
-            if time.monotonic() - kept > KEEP_EVERY:
+    with Interruptible() as signals:
+        try:
+            for block in corpus.blocks(window, at):
+                tally = Tally(observer, key.corpus)
+                for ids in block.sequences:
+                    _check_ids(observer, ids, data)
+                    sample = options.sample and counted is None and not tally.tokens
+                    tally.add(ids, observer.observe(ids), sample=sample)
+                parts = [part for part in (counted, tally.profile()) if part is not None]
+                counted, at = merge(parts) if parts else None, block.end
+                report("bytes", at, corpus.size)
+                if time.monotonic() - kept > KEEP_EVERY:
+                    keep()
+                    kept = time.monotonic()
+                limit = options.max_tokens
+                if limit is not None and counted is not None and counted.tokens >= limit:
+                    break
+            if counted is None or counted.tokens < 2:
+                found = "no token" if counted is None else "one token"
+                raise InputError(
+                    f"{data}: {found}; a profile needs two at least, and thousands to be used"
+                )
+            signals.hold()
+            replace_file(output, counted.to_bytes())
+            partial.unlink(missing_ok=True)
+        except (KeyboardInterrupt, OSError, MemoryError) as error:
+            signals.hold()
+            with suppress(OSError):  # what was kept before stays
                 keep()
-                kept = time.monotonic()
-            limit = options.max_tokens
-            if limit is not None and counted is not None and counted.tokens >= limit:
-                break
-    except KeyboardInterrupt:
-        keep()
-        raise
-    if counted is None or counted.tokens < 2:
-        found = "no token" if counted is None else "one token"
-        raise InputError(f"{data}: {found}; a profile needs two at least, and thousands to be used")
-    replace_file(output, counted.to_bytes())
-    partial.unlink(missing_ok=True)
+            said = f"what was counted is in {partial}; go on with --resume"
+            said = said if partial.exists() else ""
+            if isinstance(error, OSError) and (refusal := cannot_write(output, error, said)):
+                raise refusal from None
+            if said:
+                error.add_note(said)
+            raise
     return counted
 
 
-def replace_file(path: Path, data: bytes) -> None:
-    """Write a file whole or not at all."""
-    aside = path.with_name(path.name + ".new")
-    try:
-        with writing(path):
-            write_durably(aside, data)
-            aside.replace(path)
-    except BaseException:
-        aside.unlink(missing_ok=True)
-        raise
+def check_output(output: Path, options: ProfileOptions) -> None:
+    """Find out that the profile can't be written, before any work is done.
+
+    Raises:
+        InputError: it can't.
+    """
+    check_file(output, "a profile", force=options.force, beside=(NEW, PARTIAL, PARTIAL + NEW))
 
 
 def _window(observer: Observer, wanted: int) -> int:
@@ -147,30 +162,50 @@ def _check_ids(observer: Observer, ids: tuple[int, ...], data: Path) -> None:
             raise InputError(f"{data}: token {token} is not in the vocabulary of {size}")
 
 
-def _begin(
-    output: Path, partial: Path, key: dict[str, Any], options: ProfileOptions
-) -> tuple[Profile | None, int]:
-    """What was counted before, and the byte from which to go on."""
-    if output.exists() and not options.force:
-        raise InputError(f"{output}: exists already; --force replaces it")
-    if not output.parent.is_dir():
-        raise InputError(f"{output.parent}: no such directory")
-    if not options.resume:
-        if partial.exists() and not options.force:
-            raise InputError(f"{partial}: an interrupted run; --resume continues it, or --force")
-        return None, 0
+@dataclass(frozen=True, slots=True)
+class _Key:
+    """What the counts depend on."""
+
+    corpus: str
+    model: str
+    window: int
+
+
+@dataclass(frozen=True, slots=True)
+class _State:
+    """What was counted of a corpus up to the byte `at`."""
+
+    key: _Key
+    at: int
+    profile: Profile
+
+    def to_bytes(self) -> bytes:
+        """The file: the record and the sha256 of its bytes without that."""
+        state = to_json(self)
+        return canonical({**state, "sha256": hashlib.sha256(canonical(state)).hexdigest()})
+
+
+def _resumed(partial: Path, key: _Key, corpus: Corpus) -> tuple[Profile | None, int]:
+    """What was counted before, and the byte from which to go on.
+
+    Raises:
+        InputError: it is damaged, or of another run.
+    """
     if not partial.exists():
         return None, 0
+    data = partial.read_bytes()
     try:
-        state = cast(dict[str, Any], json.loads(partial.read_bytes()))
-        counted, at = state.pop("profile"), int(state.pop("at"))
-        before = None if counted is None else from_json(Profile, counted)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise InputError(f"{partial}: damaged ({error}); remove it and start anew") from None
-    if state != key:
-        wrong = next(name for name in key if state.get(name) != key[name])
-        raise InputError(f"{partial}: of another {wrong}; remove it and start anew")
-    return before, at
+        entries = json.loads(data)
+        state = from_json(_State, {name: entries[name] for name in ("key", "at", "profile")})
+        check_counts(state.profile)
+        if state.to_bytes() != data or not 0 <= state.at <= corpus.size:
+            raise ValueError("not as it was written")
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise InputError(f"{partial}: damaged ({error}); without --resume it starts anew") from None
+    for name in ("corpus", "model", "window"):
+        if getattr(state.key, name) != getattr(key, name):
+            raise InputError(f"{partial}: of another {name}; without --resume it starts anew")
+    return state.profile, state.at
 
 
 class Tally:

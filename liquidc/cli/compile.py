@@ -103,7 +103,7 @@ Examples:
 @click.option(
     "--resume",
     is_flag=True,
-    help="Go on where this compile was killed, and keep what is done if it stops again.",
+    help="Go on where this compile stopped: interrupted, killed, or the disk was full.",
 )
 @json_option
 def command(
@@ -137,7 +137,8 @@ def command(
     """Compile the checkpoint directory MODEL into an engine directory.
 
     The engine appears whole or not at all. Beside it, ENGINE.build.json says what time, memory and
-    bytes each stage took; it is no part of the engine.
+    bytes each stage took; it is no part of the engine. If the compile stops, what is complete stays
+    in ENGINE.partial for --resume; without --resume the next compile starts anew.
     """
     if output is None and not dry_run:
         raise click.UsageError("Missing option '-o' / '--output'.", click.get_current_context())
@@ -211,7 +212,7 @@ def command(
     _show_fidelity(compiled.manifest.fidelity, quantized=bool(quantized))
     size = sum(info.bytes for info in compiled.manifest.files.values())
     if compiled.resumed:
-        say(f"{bytes_text(compiled.resumed)} were there from a compile that was killed")
+        say(f"{bytes_text(compiled.resumed)} were there from a compile that was stopped")
     say(
         f"{compiled.engine}: {bytes_text(size)} in {len(compiled.manifest.files) + 1} files, "
         f"{compiled.seconds:.1f} s, peak memory {bytes_text(compiled.peak_rss_bytes)}, "
@@ -282,7 +283,7 @@ def _show_plan(model: Path, output: Path | None, options: CompileOptions, *, as_
     say(f"passes    {' → '.join(p.text for p in plan.passes) or '(none)'}")
     say(f"copied    {', '.join(sorted(opened.files()))}")
     if found.resumed:
-        say(f"resumed   {bytes_text(found.resumed)} that a killed compile completed")
+        say(f"resumed   {bytes_text(found.resumed)} that a stopped compile completed")
     say(
         f"estimate  engine {most}{bytes_text(takes.engine_bytes)} "
         f"({bytes_text(takes.weights_bytes)} of weights), peak memory "

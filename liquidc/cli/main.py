@@ -113,7 +113,7 @@ def _explain(error: BaseException) -> tuple[int, str]:
     if isinstance(error, KeyboardInterrupt | click.Abort):
         cause = error.__cause__ if isinstance(error, click.Abort) else error
         signum = getattr(cause, "signum", signal.SIGINT)
-        return 128 + int(signum), "interrupted"
+        return 128 + int(signum), "; ".join(["interrupted", *notes(cause)])
     if isinstance(error, click.UsageError):
         hint = f"; try '{error.ctx.command_path} --help'" if error.ctx is not None else ""
         return 2, error.format_message().rstrip(".") + hint
@@ -121,8 +121,13 @@ def _explain(error: BaseException) -> tuple[int, str]:
         return 2, error.format_message()
     if isinstance(error, OSError) and error.strerror:
         place = f"{error.filename}: " if error.filename else ""
-        return 2, f"{place}{error.strerror}"
+        return 2, "; ".join([f"{place}{error.strerror}", *notes(error)])
     return 4, f"{type(error).__name__}: {error}".replace("\n", " ")
+
+
+def notes(error: BaseException | None) -> list[str]:
+    """What was added to an exception by `add_note`: how to go on after it."""
+    return getattr(error, "__notes__", [])
 
 
 def _silence_stdout() -> None:

@@ -75,7 +75,7 @@ def command() -> None:
 @click.option("--window", default=512, show_default=True, help="Tokens run at a time.")
 @click.option("--max-tokens", type=click.IntRange(min=1), help="Stop after about so many.")
 @click.option("--no-sample", is_flag=True, help="Keep no text for the report's picture.")
-@click.option("--resume", is_flag=True, help="Go on where an interrupted run stopped.")
+@click.option("--resume", is_flag=True, help="Go on where a run stopped.")
 @click.option("--force", is_flag=True, help="Replace the profile if there is one.")
 @json_option
 def of(
@@ -92,11 +92,13 @@ def of(
     """Profile a checkpoint directory or an engine.
 
     A model directory also tells how sure its expert routers are and how much each expert
-    contributes, which an engine does not show. Ctrl-C keeps what was counted for --resume.
+    contributes, which an engine does not show. If the run stops, what was counted stays in
+    PROFILE.partial for --resume; without --resume the next run starts anew.
     """
-    from liquidc.profiling import ProfileOptions, profile_corpus
+    from liquidc.profiling import ProfileOptions, check_output, profile_corpus
 
     options = ProfileOptions(window, max_tokens, not no_sample, resume, force)
+    check_output(output, options)
     with contextlib.ExitStack() as stack:
         observer = _observer(model, stack)
         report = stack.enter_context(counting(quiet=as_json))
@@ -113,19 +115,18 @@ def of(
 @json_option
 def merge(profiles: tuple[Path, ...], output: Path, force: bool, as_json: bool) -> None:
     """Add PROFILES of one model up."""
-    from liquidc.errors import InputError
+    from liquidc.durable import check_file, replace_file, writing
     from liquidc.profile import merge as add
     from liquidc.profile import read_profile
-    from liquidc.profiling import replace_file
 
-    if output.exists() and not force:
-        raise InputError(f"{output}: exists already; --force replaces it")
+    check_file(output, "a profile", force=force)
     total = read_profile(profiles[0])
     for path in profiles[1:]:
         other = read_profile(path)
         other.check_model(total.model.sha256, str(path))
         total = add([total, other])
-    replace_file(output, total.to_bytes())
+    with writing(output):
+        replace_file(output, total.to_bytes())
     _tell(total, output, as_json=as_json)
 
 

@@ -13,14 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from liquidc.engine import (
-    MARK,
-    EngineWriter,
-    build_log_path,
-    check_files,
-    read_manifest,
-    writing,
-)
+from liquidc.directory_writer import MARK
+from liquidc.engine import EngineWriter, build_log_path, check_files, read_manifest
 from liquidc.errors import EngineError, InputError
 from liquidc.interrupt import Interrupted
 from tests.liquidc.fakes import manifest
@@ -142,7 +136,7 @@ def test_a_full_disk_is_one_line_and_leaves_nothing(tmp_path: Path, code: int) -
     output = tmp_path / "engine"
 
     def fill() -> None:
-        with EngineWriter(output) as writer, writing(output):
+        with EngineWriter(output) as writer:
             (writer.path / "weights.bin").write_bytes(b"half")
             raise OSError(code, os.strerror(code))
 
@@ -224,7 +218,7 @@ def test_killed_after_the_renames_the_old_engine_goes(tmp_path: Path) -> None:
 def test_two_compiles_to_one_output_don_t_mix(tmp_path: Path) -> None:
     with (
         EngineWriter(tmp_path / "engine"),
-        pytest.raises(InputError, match="another compile is writing there"),
+        pytest.raises(InputError, match="another process is writing there"),
         EngineWriter(tmp_path / "engine"),
     ):
         pass

@@ -12,12 +12,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from liquidc import profiling
 from liquidc.corpus import BLOCK, Corpus
+from liquidc.durable import PARTIAL
 from liquidc.errors import InputError
 from liquidc.observers import EngineObserver, ModelObserver, Observation
 from liquidc.pipeline import open_model
 from liquidc.profile import UNIT, ExpertProfile, Paths, Profile, merge, read_profile
-from liquidc.profiling import PARTIAL, ProfileOptions, Tally, profile_corpus
+from liquidc.profiling import ProfileOptions, Tally, profile_corpus
 from liquidc.runtime import load
 from tests.liquidc.conftest import CONFIG, save_model
 from tests.liquidc.test_cli import call, ok
@@ -199,15 +201,58 @@ def test_resumed_after_an_interruption_it_gives_the_same_bytes(
     assert not output.exists()
     left = json.loads((tmp_path / f"parts.json{PARTIAL}").read_bytes())
     assert 0 < left["at"] < data.stat().st_size
-    with pytest.raises(InputError, match="--resume continues it"):
-        profile_corpus(observer, data, output, options)
     with pytest.raises(InputError, match="of another window"):
         profile_corpus(observer, data, output, ProfileOptions(window=64, resume=True))
+    resuming = replace(options, resume=True)
+    partial = tmp_path / f"parts.json{PARTIAL}"
+    kept = partial.read_bytes()
+    for damaged in (
+        b"",
+        b"[" * 10**5,
+        b"[]",
+        b"{}",
+        kept[:-9],
+        kept.replace(b'"at": ', b'"at": 1'),
+    ):
+        partial.write_bytes(damaged)
+        with pytest.raises(InputError, match=r"damaged .*; without --resume it starts anew"):
+            profile_corpus(observer, data, output, resuming)
+    partial.write_bytes(kept)
     stop = calls = 0
-    profile_corpus(observer, data, output, replace(options, resume=True))
+    profile_corpus(observer, data, output, resuming)
     assert calls < 400
     assert output.read_bytes() == whole.read_bytes()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["parts.json", "text", "whole.json"]
+    partial.write_bytes(kept)
+    stop, calls = 1, 0
+    with pytest.raises(KeyboardInterrupt) as stopped:
+        profile_corpus(observer, data, output, replace(options, force=True))
+    assert not partial.exists()
+    assert not hasattr(stopped.value, "__notes__")
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), OSError(28, "No space left on device")])
+def test_what_was_counted_is_kept(
+    error: BaseException, observer: ModelObserver, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No option is needed for that, and the error says how to go on."""
+    data = write(tmp_path / "text", "x" * 99 + "\n")
+    output, given = tmp_path / "p.json", profiling.replace_file
+
+    def fail(path: Path, content: bytes) -> None:
+        if path == output:
+            raise error
+        given(path, content)
+
+    monkeypatch.setattr(profiling, "replace_file", fail)
+    with pytest.raises(
+        (KeyboardInterrupt, InputError), match=r"p\.json\.partial; go on with --res"
+    ):
+        profile_corpus(observer, data, output, ProfileOptions(window=64))
+    monkeypatch.undo()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["p.json.partial", "text"]
+    profile_corpus(observer, data, output, ProfileOptions(window=64, resume=True))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["p.json", "text"]
 
 
 def _stretched(seen: Observation, count: int) -> Observation:

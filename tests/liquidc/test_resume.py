@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from liquidc.engine import MARK, SCRATCH
+from liquidc.directory_writer import MARK
+from liquidc.engine import SCRATCH
 from liquidc.errors import InputError
 from liquidc.journal import Journal
 from liquidc.pipeline import CompileOptions, compile_model
@@ -97,10 +101,18 @@ def whole(model_directory: Path, tmp_path_factory: pytest.TempPathFactory) -> di
     ],
 )
 def test_a_killed_compile_continues_to_the_same_bytes(
-    kind: str, pieces: int, whole: dict[str, Path], model_directory: Path, tmp_path: Path
+    kind: str,
+    pieces: int,
+    whole: dict[str, Path],
+    model_directory: Path,
+    tmp_path: Path,
+    request: pytest.FixtureRequest,
 ) -> None:
     command = arguments(model_directory, tmp_path / "engine", kind)
-    assert stopped(pieces, "SIGKILL", *command).returncode == -9
+    if (kind, pieces) == ("floats", 3):
+        request.getfixturevalue("partial")
+    else:
+        assert stopped(pieces, "SIGKILL", *command).returncode == -9
     assert [path.name for path in tmp_path.iterdir()] == ["engine.partial"]
     result = call(*command, "--resume", "--json")
     assert result.exit_code == 0, result.output
@@ -119,26 +131,58 @@ def test_without_resume_all_is_compiled_anew(
     assert contents(tmp_path / "engine") == contents(whole["floats"])
 
 
-def test_an_interrupt_keeps_what_is_complete_only_with_resume(
+def test_an_interrupt_keeps_what_is_complete(
     whole: dict[str, Path], model_directory: Path, tmp_path: Path
 ) -> None:
     command = arguments(model_directory, tmp_path / "engine", "floats")
-    assert stopped(3, "SIGINT", *command).returncode == 130
-    assert list(tmp_path.iterdir()) == []
-    first = stopped(3, "SIGINT", *command, "--resume")
-    assert first.returncode == 130
-    assert "nothing to resume: compiling from the start" in first.stderr
+    first = stopped(3, "SIGTERM", *command, "--json")
+    assert first.returncode == 143
+    message = json.loads(first.stdout)["error"]
+    told = r"interrupted; [\d,]+ bytes are complete in \S+/engine\.partial; go on with --resume"
+    assert re.fullmatch(told, message)
+    assert first.stderr == f"\nerror: {message}\n"
     assert [path.name for path in tmp_path.iterdir()] == ["engine.partial"]
     result = call(*command, "--resume")
-    assert "were there from a compile that was killed" in result.stdout
+    assert "were there from a compile that was stopped" in result.stdout
     assert contents(tmp_path / "engine") == contents(whole["floats"])
+
+
+def test_a_full_disk_keeps_what_is_complete(
+    whole: dict[str, Path], model_directory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from liquidc.backends import weights_file
+
+    evaluate, left = weights_file.evaluate, 5
+
+    def full(*given: Any) -> Any:
+        nonlocal left
+        left -= 1
+        if left < 0:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        yield from evaluate(*given)
+
+    command = arguments(model_directory, tmp_path / "engine", "floats")
+    with monkeypatch.context() as patched:
+        patched.setattr(weights_file, "KEPT", 1)
+        patched.setattr(weights_file, "evaluate", full)
+        result = call(*command, "--resume")
+    assert result.exit_code == 2
+    assert "nothing to resume: compiling from the start" in result.stderr
+    told = r"error: \S+: No space left on device; free some space or write elsewhere; [\d,]+ bytes "
+    assert re.match(told + "are complete in ", result.stderr.splitlines()[-1])
+    assert result.stderr.endswith("; go on with --resume\n")
+    assert call(*command, "--resume").exit_code == 0
+    assert contents(tmp_path / "engine") == contents(whole["floats"])
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["engine", "engine.build.json"]
 
 
 @pytest.fixture(scope="module")
 def left(model_directory: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What a compile left that was killed after some weights."""
     place = tmp_path_factory.mktemp("left")
-    stopped(9, "SIGKILL", *arguments(model_directory, place / "engine", "floats"))
+    command = arguments(model_directory, place / "engine", "floats")
+    assert stopped(3, "SIGKILL", *command).returncode == -9
+    assert [path.name for path in place.iterdir()] == ["engine.partial"]
     return place / "engine.partial"
 
 
@@ -154,6 +198,31 @@ def flip(path: Path, at: int) -> None:
     path.write_bytes(bytes(data))
 
 
+def line(text: str) -> bytes:
+    """A line of a journal."""
+    return b"%08x %b\n" % (zlib.crc32(text.encode()), text.encode())
+
+
+def append(path: Path, data: bytes) -> None:
+    path.write_bytes(path.read_bytes() + data)
+
+
+def link(file: Path) -> None:
+    """The file is elsewhere, and what is there has other bytes at the end."""
+    elsewhere = file.parent.with_name("elsewhere")
+    file.rename(elsewhere)
+    append(elsewhere, b"not ours")
+    file.symlink_to(elsewhere)
+
+
+def clutter(partial: Path) -> None:
+    """Things that no compile writes."""
+    (partial / "notes.txt").write_text("x")
+    (partial / "empty" / "deep").mkdir(parents=True)
+    (partial / "manifest.json").symlink_to("nowhere")
+    os.mkfifo(partial / SCRATCH)
+
+
 DAMAGES: dict[str, tuple[Callable[[Path], Any], bool]] = {
     "the last piece": (
         lambda p: flip(p / "weights.bin", -len(b"a piece that is not complete") - 1),
@@ -166,20 +235,18 @@ DAMAGES: dict[str, tuple[Callable[[Path], Any], bool]] = {
     ),
     "no file": (lambda p: (p / "weights.bin").unlink(), False),
     "half a line": (lambda p: os.truncate(p / MARK, (p / MARK).stat().st_size - 3), True),
-    "a line that is none": (lambda p: (p / MARK).open("ab").write(b"x\n"), True),
+    "a line that is none": (lambda p: append(p / MARK, b"x\n"), True),
     "a piece of elsewhere": (
-        lambda p: (
-            (p / MARK)
-            .open("ab")
-            .write(b'{"file": "../../x", "start": 0, "end": 4, "sha256": ""}\n')
-        ),
+        lambda p: append(p / MARK, line('{"file": "../x", "start": 0, "end": 4, "sha256": ""}')),
         True,
     ),
     "nothing but garbage": (lambda p: (p / MARK).write_bytes(b"\0\xff{\n"), False),
+    "the first line": (lambda p: flip(p / MARK, 12), False),
+    "a link": (lambda p: link(p / "weights.bin"), False),
+    "other files": (clutter, True),
 }
 
 
-@pytest.mark.filterwarnings("ignore::ResourceWarning")
 @pytest.mark.parametrize("name", DAMAGES)
 def test_what_is_damaged_is_written_again(
     name: str, partial: Path, whole: dict[str, Path], model_directory: Path, tmp_path: Path
@@ -191,6 +258,8 @@ def test_what_is_damaged_is_written_again(
     assert result.exit_code == 0, result.output
     assert (json.loads(result.stdout)["bytes_resumed"] > 0) == taken
     assert contents(tmp_path / "engine") == contents(whole["floats"])
+    if name == "a link":
+        assert (tmp_path / "elsewhere").read_bytes().endswith(b"not ours")
 
 
 def test_another_compile_does_not_continue_it(
@@ -211,7 +280,7 @@ def test_a_dry_run_says_whether_it_can_be_continued(
     told = call(*command, "--resume", "--json")
     assert told.exit_code == 0, told.output
     assert json.loads(told.stdout)["bytes_to_resume"] > 0
-    assert "that a killed compile completed" in call(*command, "--resume").stdout
+    assert "that a stopped compile completed" in call(*command, "--resume").stdout
     assert json.loads(call(*command, "--json").stdout)["bytes_to_resume"] == 0
     refused("can't be continued", *command, "--resume", "--quantize", "int8")
     assert contents(partial) == before
@@ -249,3 +318,78 @@ def test_pieces_lie_end_to_end(tmp_path: Path) -> None:
         file.write(b"more")
     assert again.held(path) == len(b"onetwotwothree")
     assert path.read_bytes() == b"onetwotwothree"
+
+
+def started(path: Path) -> Journal:
+    """A journal of a file with three pieces."""
+    journal = Journal(path / "journal")
+    journal.begin({"x": "1"})
+    for data in (b"one", b"twotwo", b"three"):
+        append(path / "file", data) if (path / "file").exists() else (path / "file").write_bytes(
+            data
+        )
+        journal.keep(path / "file")
+    return journal
+
+
+def test_a_wrong_character_ends_a_journal_there(tmp_path: Path) -> None:
+    started(tmp_path)
+    path = tmp_path / "journal"
+    whole = path.read_bytes()
+    ends = [0, 3, 9, 14]
+    for at in range(len(whole)):
+        for bit in (1, 0x20, 0x80):
+            path.write_bytes(whole[:at] + bytes([whole[at] ^ bit]) + whole[at + 1 :])
+            journal = Journal(path)
+            journal.load()
+            before = whole[:at].count(b"\n")
+            assert journal.noted == ends[max(before - 1, 0)]
+            assert path.read_bytes() == b"".join(whole.splitlines(keepends=True)[:before])
+    path.write_bytes(whole)
+    journal = Journal(path)
+    journal.load()
+    assert journal.noted == ends[-1]
+
+
+FORGED = [
+    "",
+    "null",
+    "1",
+    "[]",
+    "{}",
+    '"x"',
+    "[" * 10**5,
+    "9" * 10**4,
+    '{"format": "liquidc-journal"}',
+    '{"format": "liquidc-journal", "key": null}',
+    '{"format": "liquidc-journal", "key": {"x": 1}}',
+    '{"format": "something", "key": {}}',
+    '{"format": ["liquidc-journal"], "key": {"x": {}}}',
+    '{"file": "file", "start": 0, "end": 1e400, "sha256": ""}',
+    '{"file": "file", "start": "0", "end": 3, "sha256": ""}',
+    '{"file": ["file"], "start": 0, "end": 3, "sha256": ""}',
+    '{"file": "file", "start": -1, "end": 3, "sha256": ""}',
+    '{"file": "file", "start": 0, "end": 3, "sha256": 7}',
+    '{"file": "file", "start": 0, "end": 1180591620717411303424, "sha256": ""}',
+    "x" * (1 << 20),
+]
+
+
+@pytest.mark.parametrize("text", FORGED, ids=lambda text: text[:70])
+@pytest.mark.parametrize("first", [True, False])
+def test_entries_of_wrong_types_are_no_entries(text: str, first: bool, tmp_path: Path) -> None:
+    started(tmp_path)
+    path = tmp_path / "journal"
+    path.write_bytes(line(text) + path.read_bytes() if first else path.read_bytes() + line(text))
+    journal = Journal(path)
+    journal.load()
+    journal.begin({"x": "1"})
+    assert journal.held(tmp_path / "file") in ((0,) if first else (0, 14))
+
+
+def test_a_journal_without_pieces_starts_anew(tmp_path: Path) -> None:
+    Journal(tmp_path / "journal").begin({"x": "1"})
+    journal = Journal(tmp_path / "journal")
+    journal.load()
+    assert not journal.started
+    journal.begin({"x": "2"})
