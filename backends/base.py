@@ -51,7 +51,7 @@ class Choices:
 
 
 class Journal(Protocol):
-    """What of the files that are written is complete, so that a killed compile can be continued."""
+    """The complete parts of the files under way, so that a stopped compile can go on."""
 
     def held(self, path: Path) -> int:
         """How many bytes of a file are complete; what follows them is cut off."""

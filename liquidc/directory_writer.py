@@ -238,8 +238,7 @@ class DirectoryWriter(ABC):
     def _remove(self, path: Path) -> None:
         """Remove a directory of ours; `last` and the mark go last, so that it remains ours."""
         with suppress(FileNotFoundError):  # another process recovers too
-            order = ["", self.last, MARK]
-            for name in sorted(os.listdir(path), key=lambda n: order.index(n) if n in order else 0):
+            for name in sorted(os.listdir(path), key=lambda n: (n == MARK, n == self.last)):
                 if is_kind(path / name, stat.S_IFDIR):
                     shutil.rmtree(path / name)
                 else:

@@ -46,7 +46,7 @@ class DryRun:
         plan: what it would do.
         model: what it would compile.
         estimate: what it would take.
-        resumed: bytes that a killed compile had completed.
+        resumed: bytes that a stopped compile had completed.
     """
 
     plan: Plan

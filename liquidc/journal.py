@@ -1,4 +1,4 @@
-"""What of an unfinished engine is complete, so that a killed compile can be continued.
+"""What of an unfinished engine is complete, so that a stopped compile can be continued.
 
 Each line is the CRC-32 of a JSON object in 8 hexadecimal digits, a space, and the object: first
 what the engine's bytes depend on, then pieces of files with their hashes, in the order in which
@@ -77,7 +77,7 @@ class Journal:
         return sum(pieces[-1].end for pieces in self._pieces.values() if pieces)
 
     def load(self, *, repair: bool = True) -> None:
-        """Read what a killed compile wrote, as far as it is not damaged.
+        """Read what a stopped compile wrote, as far as it is not damaged.
 
         Args:
             repair: cut off what follows.

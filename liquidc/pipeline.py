@@ -70,7 +70,7 @@ class Compiled:
         manifest: what it says.
         stages: what each stage took, in order.
         statistics: what the passes' rules did.
-        resumed: bytes that a killed compile had written and this one took up.
+        resumed: bytes that a stopped compile had written and this one took up.
     """
 
     engine: Path
@@ -109,6 +109,9 @@ def compile_model(
     progress: Progress | None = None,
 ) -> Compiled:
     """Compile `model` into the engine directory `output`; all of it, or nothing.
+
+    If it is interrupted or the disk is full, `output.partial` keeps what is complete for the option
+    `resume`.
 
     Raises:
         InputError: the model, the options or the output are wrong.

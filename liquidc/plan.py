@@ -52,7 +52,7 @@ class CompileOptions:
         dump: directory that gets each stage's artefact.
         start: stage whose artefact is read from a file instead of being computed.
         force: replace an engine that is there.
-        resume: go on where a killed compile stopped, and keep what is complete if this one stops.
+        resume: go on where a compile stopped.
 
     Raises:
         InputError: a value is of another type.

@@ -9,7 +9,9 @@ import itertools
 import os
 import random
 import shutil
+import signal
 import sys
+import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -219,7 +221,64 @@ def chains(kind: str, place: Path, count: int) -> int:
     return kills
 
 
+def compiles(model: str, place: Path, count: int) -> int:
+    """Kill so many compiles of a model at random times."""
+    from liquidc.backends import weights_file
+    from liquidc.pipeline import CompileOptions, compile_model
+
+    traces = place / "traces"
+    start = None
+
+    def compiled(output: Path, **options: Any) -> None:
+        compile_model(model, output, CompileOptions(target="null", start=start, **options))
+
+    def read(directory: Path) -> dict[str, bytes]:
+        return {path.name: path.read_bytes() for path in directory.rglob("*") if path.is_file()}
+
+    chance, kills, longest = random.Random(0), 0, 0.0
+    weights_file.KEPT = 20_000
+    compiled(place / "old", passes=(), dump=traces)
+    start = ("trace", traces / "00-trace.ir")  # most of the time would be spent on the trace
+    for _ in range(2):  # the first one imports
+        began = time.monotonic()
+        compiled(place / "new", force=(place / "new").exists())
+        longest = time.monotonic() - began
+    new, old = read(place / "new"), read(place / "old")
+    while kills < count:
+        here = place / "here"
+        here.mkdir()
+        there = chance.random() < 0.5
+        if there:
+            shutil.copytree(place / "old", here / "out")
+        child = os.fork()
+        if not child:
+            os.close(2)
+            compiled(here / "out", force=there)
+            os._exit(0)
+        time.sleep(longest * chance.random())
+        os.kill(child, signal.SIGKILL)
+        kills += os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
+        force, resume = WAYS[chance.choice(list(WAYS))]
+        refusal = ""
+        try:
+            compiled(here / "out", force=force, resume=resume)
+        except InputError as error:
+            refusal = str(error)
+        if refusal:
+            assert refusal == f"{here}/out: exists already; --force replaces it"
+            assert read(here / "out") in (old, new)
+            compiled(here / "out", force=True, resume=resume)
+        assert read(here / "out") == new
+        assert {path.name for path in here.iterdir()} <= {"out", "out.build.json"}
+        shutil.rmtree(here)
+    for path in place.iterdir():
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    return kills
+
+
 def main(mode: str, kind: str, place: Path) -> int:
+    if mode == "compiles":
+        return compiles(kind, place, 200)
     os.fsync = os.fdatasync = lambda fd: None  # a kill loses nothing that was written
     if mode == "few":
         return sweep(kind, place, FEW, 1)
