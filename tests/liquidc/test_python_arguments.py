@@ -19,7 +19,7 @@ from liquidc.runtime import Engine
 from liquidc.session import DepthControls
 from tests.liquidc.fakes import FakeRunner, manifest
 
-WRONG_IDS = ([1.7], ["1"], [True], [None], [[1]], [np.float32(1)], [1j], None, 3, 1.5, object())
+WRONG_IDS = ([1.7], ["1"], [True], [None], [[1]], [np.float32(1)], [1j], None, 3, 1.5, object)
 
 
 @pytest.fixture(scope="module")
