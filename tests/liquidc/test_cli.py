@@ -88,6 +88,7 @@ def test_threads_of_pytorch_do_not_spin(chosen: str | None, policy: str, null_en
         "a",
         "-n",
         "1",
+        "--traceback",
     ]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
     assert f"OMP_WAIT_POLICY = '{policy}'" in done.stderr
