@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.liquidc.mutated import KINDS, Outcome, World, peak
+from tests.liquidc.mutated import KINDS, MORE, Outcome, World, peak
 
 FEW, MANY = 8, 200
 """Cases of each kind: in every run, and in the slow one."""
@@ -26,8 +26,8 @@ MAX_BYTES = 10**9
 @pytest.fixture(scope="module")
 def few(tmp_path_factory: pytest.TempPathFactory) -> list[Outcome]:
     """What the first cases of all kinds do, in this process."""
-    world = World(tmp_path_factory.mktemp("mutated"))
     before = peak()
+    world = World(tmp_path_factory.mktemp("mutated"))
     found = [outcome for kind in KINDS for outcome in world.cases(kind, range(FEW))]
     assert peak() - before < MAX_BYTES
     return found
@@ -74,12 +74,12 @@ def test_a_few_forge_nothing(few: list[Outcome]) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", [*KINDS, *MORE])
 def test_many(kind: str) -> None:
     check_answers(many(kind))
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", [*KINDS, *MORE])
 def test_many_forge_nothing(kind: str) -> None:
     check_lines(many(kind))
