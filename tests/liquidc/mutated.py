@@ -20,6 +20,7 @@ import tempfile
 import time
 import traceback
 import warnings
+import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -360,7 +361,8 @@ def _journal(world: World, random: Random) -> list[tuple[object, ...]]:
     journal = world.scratch / f"out{PARTIAL}" / MARK
     lines = journal.read_bytes().splitlines(keepends=True)
     at = random.randrange(len(lines))
-    lines[at] = _mutated(random, lines[at]) + b"\n" * (random.random() < 0.9)
+    text = _mutated(random, lines[at].partition(b" ")[2].strip())
+    lines[at] = b"%08x %b" % (zlib.crc32(text), text) + b"\n" * (random.random() < 0.9)
     data = b"".join(lines)
     journal.write_bytes(mutate_bytes(random, data) if random.random() < 0.2 else data)
     output = world.scratch / "out"
