@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from liquidc.errors import EngineError
-from liquidc.records import from_json
+from liquidc.records import from_json, read_object
 
 if TYPE_CHECKING:
     from liquidc.manifest import Manifest, TensorSpec
@@ -67,6 +67,46 @@ class NullArtifact:
     module: str
     weights: dict[str, IndexEntry]
     guard: dict[str, Any] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class NodeTable:
+    """What the nodes of one graph count, by their names; see `backends.onnxruntime.nodes`."""
+
+    regions: dict[str, tuple[int, ...]]
+    experts: dict[str, tuple[int, ...]]
+    fused: dict[str, int]
+    tokens: tuple[str, ...]
+    path: dict[str, str]
+
+
+def read_nodes(path: Path, manifest: Manifest, model: str) -> dict[str, Any]:
+    """The table of the nodes of a graph, checked against `NodeTable` and the manifest.
+
+    Args:
+        path: the file with the tables of all graphs.
+        manifest: of the engine.
+        model: file name of the graph.
+
+    Raises:
+        EngineError: there is no such table, or it names gates or experts that are not there.
+    """
+    told = read_object(path, EngineError).get(model)
+    try:
+        table = from_json(NodeTable, told)
+    except ValueError as error:
+        raise EngineError(f"{path}: not the nodes of {model} ({error})") from None
+    gates = range(len(manifest.model.gates))
+    layers = {info.layer for info in manifest.model.experts}
+    pairs: list[tuple[Container[int], tuple[int, ...]]]
+    pairs = [(gates, pair) for pair in table.regions.values()]
+    pairs += [(layers, pair) for pair in table.experts.values()]
+    pairs += [(layers, (layer, 0)) for layer in table.fused.values()]
+    if not all(len(pair) == 2 and pair[0] in known for known, pair in pairs):
+        raise EngineError(
+            f"{path}: the nodes of {model} are of gates or experts that are not there"
+        )
+    return cast("dict[str, Any]", told)
 
 
 def read_artifact(kind: type[T], engine: Path, manifest: Manifest) -> T:

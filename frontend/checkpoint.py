@@ -9,7 +9,6 @@ page that was touched counts as resident. Files may be links; an index only name
 from __future__ import annotations
 
 import hashlib
-import json
 import math
 import os
 import shutil
@@ -27,7 +26,7 @@ from liquidc.errors import CheckpointError
 from liquidc.files import check_regular, open_regular
 from liquidc.ir.types import DType, TensorType
 from liquidc.ir.weights import torch_dtype
-from liquidc.records import MAX_JSON_BYTES, canonical, read_json
+from liquidc.records import MAX_JSON_BYTES, canonical, loads, read_json
 
 if TYPE_CHECKING:
     from torch import nn
@@ -242,9 +241,9 @@ def _read_header(path: Path) -> dict[str, _Entry]:
             length = int.from_bytes(file.read(8), "little")
             if length > min(size - 8, MAX_JSON_BYTES):
                 raise ValueError(f"a header of {length} bytes in a file of {size}")
-            header: Any = json.loads(file.read(length).decode())
+            header = loads(file.read(length).decode())
         return _entries(path.name, header, 8 + length, size)
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         raise CheckpointError(
             f"{path}: truncated or damaged ({error}); download it again"
         ) from None

@@ -290,7 +290,7 @@ class LiquidConfig:
         for name, indices in chosen.items():
             if any(i >= layers for i in indices):
                 raise ConfigError(
-                    f"{name} is {list(indices)}; with num_hidden_layers {layers} "
+                    f"{name} is {list(indices)!s:.80}; with num_hidden_layers {layers} "
                     f"it must be 0 to {layers - 1}"
                 )
         f.refuse_if(

@@ -12,6 +12,8 @@ from liquidc.errors import ConfigError
 _MISSING: Any = object()
 _LARGEST = 2**31 - 1
 """Of any integer: a larger size is a mistake, and PyTorch may not hold it."""
+MAX_TOKENS = 1000
+"""Limit of a list of token ids."""
 
 
 class Fields:
@@ -180,6 +182,8 @@ class Fields:
         if not isinstance(value, list | tuple):
             return self.token(name, vocab)
         items = cast("list[Any]", value)
-        if not items or not all(type(i) is int and 0 <= i < vocab for i in items):
-            self.refuse(name, f"token ids from 0 to {vocab - 1}")
+        if not 0 < len(items) <= MAX_TOKENS or not all(
+            type(i) is int and 0 <= i < vocab for i in items
+        ):
+            self.refuse(name, f"at most {MAX_TOKENS} token ids from 0 to {vocab - 1}")
         return tuple(items)

@@ -7,13 +7,13 @@ string. Any other file is one text. What is too long for a window goes on in the
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
 from liquidc.errors import InputError
+from liquidc.records import loads
 
 BLOCK = 16 * 1024
 """Bytes of text that are encoded at a time; a block ends with a line if there is one."""
@@ -124,8 +124,8 @@ class Corpus:
         if not text.strip():
             return []
         try:
-            value: Any = json.loads(text)
-        except (ValueError, RecursionError) as error:
+            value = loads(text)
+        except ValueError as error:
             raise InputError(f"{self.path}: the line at byte {at} is not JSON ({error})") from None
         entries = cast(dict[str, Any], value) if isinstance(value, dict) else {"text": value}
         ids, words = entries.get("ids"), entries.get("text")

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from liquidc.manifest import GateInfo, Manifest
+from liquidc.manifest import GateInfo, Manifest, reading_facts
 
 
+@reading_facts()
 def explain_lowerings(manifest: Manifest) -> list[dict[str, Any]]:
     """One entry for each gate.
 

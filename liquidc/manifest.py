@@ -7,6 +7,8 @@ in one canonical form and sealed with its own hash, so that every changed byte i
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Generator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import PurePosixPath
 from typing import Any, cast
@@ -203,6 +205,22 @@ class Manifest:
     def sha256(self) -> str:
         """Hash of the file, which stands for the whole engine."""
         return hashlib.sha256(self.to_bytes()).hexdigest()
+
+
+@contextmanager
+def reading_facts() -> Generator[None]:
+    """Read what passes said into the manifest, which no type describes: also a decorator.
+
+    Raises:
+        EngineError: it is not what a compile writes.
+    """
+    try:
+        yield
+    except (KeyError, IndexError, TypeError, ValueError, AttributeError, OverflowError) as error:
+        raise EngineError(
+            "the engine does not say about its passes what is read here "
+            f"({type(error).__name__}: {error!s:.80}); compile it again"
+        ) from None
 
 
 def parse_manifest(data: bytes, where: str) -> Manifest:

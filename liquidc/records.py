@@ -12,7 +12,6 @@ import json
 import sys
 import types
 import typing
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
@@ -22,9 +21,11 @@ from liquidc.files import read_file
 T = TypeVar("T")
 
 MAX_JSON_BYTES = 24 * 1024 * 1024
-"""Limit of a JSON file: an index of 200,000 tensors. Parsed, JSON takes up to 30 times its size."""
+"""Limit of a JSON file: an index of 200,000 tensors. Parsed, it takes up to 10 times its size."""
 MAX_DEPTH = 64
 """Limit of objects and lists within each other."""
+MAX_CONTAINERS = 1_000_000
+"""Limit of objects and lists: each takes up to 200 bytes, and as text only 2."""
 MAX_INTEGER = 2**63 - 1
 """Limit of the size of an integer in a record."""
 
@@ -50,8 +51,35 @@ def canonical(value: Any) -> bytes:
     return (text + "\n").encode(errors="backslashreplace")
 
 
+def loads(data: bytes | str) -> Any:
+    """The value in JSON text, if it can be held in a few times the memory of the text.
+
+    Raises:
+        ValueError: it is not JSON, has over `MAX_CONTAINERS` objects and lists, or nests them
+            deeper than `MAX_DEPTH`.
+    """
+    marks = ("[", "{") if isinstance(data, str) else (b"[", b"{")
+    if sum(data.count(cast(Any, mark)) for mark in marks) > MAX_CONTAINERS:
+        raise ValueError(f"over {MAX_CONTAINERS} objects and lists")
+    try:
+        value: Any = json.loads(data)
+    except RecursionError:
+        raise ValueError(f"nested deeper than {MAX_DEPTH}") from None
+    level, depth = [value], 0
+    while level:
+        if depth > MAX_DEPTH:
+            raise ValueError(f"nested deeper than {MAX_DEPTH}")
+        inner: list[Any] = []
+        for outer in level:
+            items: Any = outer.values() if isinstance(outer, dict) else outer
+            if isinstance(outer, dict | list):
+                inner += [item for item in items if isinstance(item, dict | list)]
+        level, depth = inner, depth + 1
+    return value
+
+
 def parse_json(data: bytes | str, where: str, error: type[InputError]) -> Any:
-    """The value in JSON text, which may nest `MAX_DEPTH` objects and lists at most.
+    """The value in JSON text; see `loads`.
 
     Args:
         data: the text.
@@ -59,27 +87,12 @@ def parse_json(data: bytes | str, where: str, error: type[InputError]) -> Any:
         error: class of the error.
 
     Raises:
-        error: it is not JSON, or nests deeper.
+        error: it is not JSON, or too much.
     """
     try:
-        value: Any = json.loads(data)
-    except (ValueError, RecursionError) as problem:
+        return loads(data)
+    except ValueError as problem:
         raise error(f"{where}: not valid JSON ({problem})") from None
-    level, depth = [value], 0
-    while level := [item for outer in level for item in _children(outer)]:
-        depth += 1
-        if depth > MAX_DEPTH:
-            raise error(f"{where}: nested deeper than {MAX_DEPTH}")
-    return value
-
-
-def _children(value: Any) -> Iterable[Any]:
-    """The objects and lists directly inside of an object or a list."""
-    if isinstance(value, dict):
-        value = cast("dict[str, Any]", value).values()
-    elif not isinstance(value, list):
-        return ()
-    return (item for item in cast("Iterable[Any]", value) if isinstance(item, dict | list))
 
 
 def read_json(path: Path, error: type[InputError], most: int = MAX_JSON_BYTES) -> Any:

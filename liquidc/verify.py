@@ -30,6 +30,7 @@ from liquidc.fidelity import (
     matching,
 )
 from liquidc.heldout import held_out_text, parse_ids
+from liquidc.manifest import reading_facts
 from liquidc.records import read_object
 from liquidc.runtime import Engine
 from liquidc.trace_proof import Proof, prove
@@ -56,8 +57,13 @@ class Thresholds:
     bits_per_byte_rel: float = 1e-4
 
     @classmethod
+    @reading_facts()
     def of(cls, manifest: Manifest) -> Thresholds:
-        """What an engine must keep: less if its weights or its cache have few bits."""
+        """What an engine must keep: less if its weights or its cache have few bits.
+
+        Raises:
+            EngineError: the manifest does not tell their schemes.
+        """
         told = next((p.facts for p in manifest.passes if p.name == "quantize" and p.facts), {})
         schemes = {weight["scheme"] for weight in told.get("weights", {}).values()}
         if any(p.name == "quantize-cache" for p in manifest.passes):

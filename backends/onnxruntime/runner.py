@@ -14,7 +14,13 @@ import numpy as np
 import onnxruntime as ort
 from numpy.typing import NDArray
 
-from liquidc.backends.artifact import OnnxArtifact, check_signature, listed, read_artifact
+from liquidc.backends.artifact import (
+    OnnxArtifact,
+    check_signature,
+    listed,
+    read_artifact,
+    read_nodes,
+)
 from liquidc.backends.base import Arrays, Cache, Guard, Runner, RunnerOptions, Trace, path_regions
 from liquidc.backends.onnxruntime.backend import NODES
 from liquidc.backends.onnxruntime.huge_pages import huge_pages
@@ -247,7 +253,8 @@ class OrtRunner(Runner):
 
     def nodes(self) -> dict[str, Any]:
         """What the nodes of the graph count; see `nodes`."""
-        return json.loads((self._engine / NODES).read_text(encoding="utf-8"))[self._model]
+        path = listed(self._engine, self._manifest, NODES)
+        return read_nodes(path, self._manifest, self._model)
 
     def close(self) -> None:
         """Free the session."""

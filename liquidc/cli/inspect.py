@@ -29,6 +29,7 @@ def command(engine: Path, no_hash: bool, explain: bool, as_json: bool) -> None:
     """Show what the engine in the directory ENGINE consists of; its files are checked."""
     from liquidc.engine import check_files, read_manifest
     from liquidc.explain import explain_lowerings
+    from liquidc.manifest import reading_facts
     from liquidc.records import to_json
     from liquidc.report import read_report
 
@@ -45,7 +46,8 @@ def command(engine: Path, no_hash: bool, explain: bool, as_json: bool) -> None:
         emit_json({**shown, "lowerings": lowerings, "report": report})
         return
     if explain:
-        _explain(manifest, explain_lowerings(manifest))
+        with reading_facts():
+            _explain(manifest, explain_lowerings(manifest))
         return
     _show(engine, manifest, report)
 
@@ -82,6 +84,8 @@ def _ms(line: dict[str, Any], lowering: str) -> str:
 
 
 def _show(engine: Path, manifest: Manifest, report: dict[str, Any] | None) -> None:
+    from liquidc.manifest import reading_facts
+
     model = manifest.model
     size = sum(info.bytes for info in manifest.files.values())
     gated = len({gate.layer for gate in model.gates})
@@ -106,11 +110,13 @@ def _show(engine: Path, manifest: Manifest, report: dict[str, Any] | None) -> No
         ],
         ["passes", ", ".join(p.name for p in manifest.passes) or "none"],
     ]
-    facts += [[name, text] for name, text in _few_bits(manifest)]
+    with reading_facts():
+        facts += [[name, text] for name, text in _few_bits(manifest)]
     table("", ["", ""], facts, right=9)
     _show_layers(manifest)
-    if report is not None and report["profile"]:
-        _show_profile(report)
+    if report is not None and report.get("profile"):
+        with reading_facts():
+            _show_profile(report)
     for name, entry in manifest.functions.items():
         rows = [
             [kind, spec.name, f"{spec.dtype}[{', '.join(map(str, spec.shape))}]"]

@@ -37,6 +37,8 @@ VERBS = {
     "opt": "Run passes over IR text.",
     "targets": "List what this machine can build and run.",
 }
+MAX_LINE = 2000
+"""Characters of a line of an error, which can repeat what stands in a file."""
 
 
 class LazyGroup(click.Group):
@@ -102,7 +104,11 @@ def explain(error: BaseException) -> tuple[int, str]:
     """Exit code and message of an exception; the message is one line, and three of an IRError."""
     code, message = _explain(error)
     lines = error.lines if isinstance(error, IRError) else (message,)
-    return code, "\n".join(printable(line, keep="\t") for line in lines)
+    return code, "\n".join(_shortened(printable(line, keep="\t")) for line in lines)
+
+
+def _shortened(line: str) -> str:
+    return line if len(line) <= MAX_LINE else line[:MAX_LINE] + "…"
 
 
 def _explain(error: BaseException) -> tuple[int, str]:

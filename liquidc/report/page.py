@@ -7,15 +7,16 @@ from __future__ import annotations
 
 import base64
 import hashlib
-import json
 import re
 from collections.abc import Callable
 from importlib import resources
 from pathlib import Path
 from string import Template
-from typing import Any
+from typing import Any, cast
 
 from liquidc.errors import EngineError
+from liquidc.files import read_utf8
+from liquidc.records import loads
 from liquidc.report.costs import by_depth_section, time_section
 from liquidc.report.experts import experts_section
 from liquidc.report.gates import depth_section, gates_section, paths_section
@@ -63,10 +64,13 @@ def read_report(engine: Path) -> Data | None:
     if not path.exists():
         return None
     try:
-        found = re.search(DATA + "(.*?)</script>", path.read_text("utf-8"), re.DOTALL)
-        return json.loads(found[1] if found else "")
+        found = re.search(DATA + "(.*?)</script>", read_utf8(path, EngineError), re.DOTALL)
+        data: Any = loads(found[1] if found else "")
     except ValueError:
-        raise EngineError(f"{path}: not a report of liquidc; compile the engine again") from None
+        data = None
+    if not isinstance(data, dict):
+        raise EngineError(f"{path}: not a report of liquidc; compile the engine again")
+    return cast(Data, data)
 
 
 def _head(data: Data) -> str:

@@ -20,9 +20,11 @@ import tempfile
 import time
 import traceback
 import warnings
+import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
 from random import Random
 from types import FrameType
@@ -30,21 +32,28 @@ from typing import Any, NoReturn
 
 from click.testing import CliRunner
 
+from liquidc.backends.onnxruntime.backend import NODES
 from liquidc.cli import main as entry
 from liquidc.engine import MARK, PARTIAL
 from liquidc.errors import LiquidWarning
 from liquidc.inputs import TEMPLATE
 from liquidc.journal import Journal
+from liquidc.machine import DEFAULT
 from liquidc.manifest import MANIFEST
 from liquidc.records import canonical
+from liquidc.report import REPORT
+from liquidc.report.parts import DATA
+from liquidc.special_tokens import SPECIAL_TOKENS_MAP
 from tests.liquidc.conftest import CONFIG, save_model
 from tests.liquidc.mutator import mutate_bytes, mutate_json, mutate_text
 
 MAX_SECONDS = 10
+VERIFY = ("--windows", 1, "--window", 8, "--prompts", 1, "--new-tokens", 2)
 SMALL = {
     **CONFIG,
-    "hidden_size": 8,
-    "intermediate_size": 8,
+    "vocab_size": 320,
+    "hidden_size": 16,
+    "intermediate_size": 16,
     "num_hidden_layers": 2,
     "num_attention_heads": 2,
     "num_key_value_heads": 1,
@@ -52,7 +61,7 @@ SMALL = {
     "bos_token_id": 1,
     "eos_token_id": [2, 3],
     "depth_gate": {"layers": [1], "kv_policy": "drop"},
-    "moe": {"num_experts": 2, "num_experts_per_tok": 1, "moe_intermediate_size": 4},
+    "moe": {"num_experts": 2, "num_experts_per_tok": 1, "moe_intermediate_size": 16},
 }
 CHAT = """{% for m in messages %}
 {%- if m['role'] == 'system' %}<s>{{ m.content | trim }}{% else %}[{{ m.role }}] {{ m.content }}
@@ -71,7 +80,6 @@ TOKENIZER_CONFIG = {
     "bos_token": {"content": "<s>", "lstrip": False},
     "eos_token": "</s>",
     "add_bos_token": False,
-    "added_tokens_decoder": {"0": {"content": "<s>", "special": True}},
     "additional_special_tokens": ["<a>"],
 }
 
@@ -176,7 +184,8 @@ class World:
         (self.model / "tokenizer_config.json").write_text(json.dumps(TOKENIZER_CONFIG))
         self.engine, self.profile = place / "engine", place / "profile.json"
         self.sharded, self.partial = place / "sharded", place / f"out{PARTIAL}"
-        data = self.model / "heldout.txt"
+        data = place / "profiled.txt"
+        data.write_text("Another text, which is not held out: 1, 2, 3. " * 8)
         profiled = ("--window", 16, "--max-tokens", 64)
         self._honest("profile", self.model, "--data", data, "-o", self.profile, *profiled)
         dump = ("--dump-dir", place / "dump", "--profile", self.profile)
@@ -231,7 +240,7 @@ class World:
             shutil.rmtree(self.scratch)
             self.scratch.mkdir()
             case = f"{kind} {number}"
-            for args in KINDS[kind](self, Random(case)):
+            for args in (KINDS | MORE)[kind](self, Random(case)):
                 yield run(case, *args)
 
     def directory(self, source: Path, name: str, data: bytes) -> Path:
@@ -249,9 +258,16 @@ class World:
         model = self.directory(source, name, data)
         return "compile", model, "-o", self.scratch / "out", "--target", "null"
 
-    def resealed(self, name: str, data: bytes) -> Path:
-        """The engine with one file replaced, and a manifest that says so."""
-        made = self.directory(self.engine, name, data)
+    @cached_property
+    def onnx(self) -> Path:
+        """An engine of another target, whose passes had much to say."""
+        asked = ("--profile", self.profile, "--specialize", "exact", "--quantize", "int8")
+        self._honest("compile", self.model, "-o", self.place / "onnx", *asked)
+        return self.place / "onnx"
+
+    def resealed(self, name: str, data: bytes, engine: Path | None = None) -> Path:
+        """An engine with one file replaced, and a manifest that says so."""
+        made = self.directory(engine or self.engine, name, data)
         body = json.loads((made / MANIFEST).read_bytes())
         body["files"][name] = {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
         (made / MANIFEST).unlink()
@@ -328,14 +344,13 @@ def _manifest(world: World, random: Random) -> list[tuple[object, ...]]:
     if random.random() < 0.9:
         changed = sealed(mutate_json(random, json.loads(data)))
     engine = world.directory(world.engine, MANIFEST, changed)
-    verify = ("--windows", 1, "--window", 8, "--prompts", 1, "--new-tokens", 2)
     return [
         ("inspect", engine, *random.choice(((), ("--json",), ("--explain",)))),
         random.choice(
             (
                 ("run", engine, "-p", "ab", "-n", 2, "--json"),
                 ("run", engine, "-p", "ab", "-n", 2, "--min-depth", 1, "--json"),
-                ("verify", engine, "--model", world.model, *verify),
+                ("verify", engine, "--model", world.model, *VERIFY),
             )
         ),
     ]
@@ -346,7 +361,8 @@ def _journal(world: World, random: Random) -> list[tuple[object, ...]]:
     journal = world.scratch / f"out{PARTIAL}" / MARK
     lines = journal.read_bytes().splitlines(keepends=True)
     at = random.randrange(len(lines))
-    lines[at] = _mutated(random, lines[at]) + b"\n" * (random.random() < 0.9)
+    text = _mutated(random, lines[at].partition(b" ")[2].strip())
+    lines[at] = b"%08x %b" % (zlib.crc32(text), text) + b"\n" * (random.random() < 0.9)
     data = b"".join(lines)
     journal.write_bytes(mutate_bytes(random, data) if random.random() < 0.2 else data)
     output = world.scratch / "out"
@@ -394,6 +410,62 @@ def _ir(world: World, random: Random) -> list[tuple[object, ...]]:
     return [("opt", file, *random.choice(((), ("--passes", passes))))]
 
 
+def _special(world: World, random: Random) -> list[tuple[object, ...]]:
+    told = {"bos_token": {"content": "<s>"}, "pad_token": "<p>", "extra_special_tokens": ["<x>"]}
+    engine = world.resealed(SPECIAL_TOKENS_MAP, mutate_json(random, told))
+    return [("run", engine, "-p", "a <s> b", "-n", 2, "--json")]
+
+
+def _report(world: World, random: Random) -> list[tuple[object, ...]]:
+    before, script, rest = (world.engine / REPORT).read_text().partition(DATA)
+    data, after = rest.split("</script>", 1)
+    changed = mutate_json(random, json.loads(data)).decode(errors="replace")
+    page = f"{before}{script}{changed}</script>{after}"
+    engine = world.resealed(REPORT, page.encode())
+    return [("inspect", engine, *random.choice(((), ("--json",))))]
+
+
+def _nodes(world: World, random: Random) -> list[tuple[object, ...]]:
+    engine = world.resealed(NODES, _mutated(random, (world.onnx / NODES).read_bytes()), world.onnx)
+    return [("verify", engine, "--model", world.model, *VERIFY)]
+
+
+def _onnx_manifest(world: World, random: Random) -> list[tuple[object, ...]]:
+    changed = sealed(mutate_json(random, json.loads((world.onnx / MANIFEST).read_bytes())))
+    engine = world.directory(world.onnx, MANIFEST, changed)
+    return [
+        ("inspect", engine, *random.choice(((), ("--json",), ("--explain",)))),
+        random.choice(
+            (
+                ("run", engine, "-p", "ab", "-n", 2, "--json"),
+                ("verify", engine, "--model", world.model, *VERIFY),
+            )
+        ),
+    ]
+
+
+def _data(world: World, random: Random) -> list[tuple[object, ...]]:
+    data = b'{"ids": [1, 2, 3, 4]}\n{"text": "Ein Text"}\n"another"\n'
+    lines = data.splitlines(keepends=True)
+    at = random.randrange(len(lines))
+    lines[at] = mutate_json(random, json.loads(lines[at])) + b"\n"
+    changed = mutate_bytes(random, data) if random.random() < 0.3 else b"".join(lines)
+    file, ids = world.scratch / "data.jsonl", world.scratch / "data.json"
+    file.write_bytes(changed)
+    ids.write_bytes(mutate_json(random, [index % 256 for index in range(80)]))
+    return [
+        ("profile", world.engine, "--data", file, "-o", world.scratch / "p.json", "--window", 8),
+        ("verify", world.engine, "--model", world.model, *VERIFY, "--data", ids),
+    ]
+
+
+def _machine(world: World, random: Random) -> list[tuple[object, ...]]:
+    file = world.scratch / "machine.json"
+    file.write_bytes(_mutated(random, DEFAULT.read_bytes()))
+    compiling = ("compile", world.model, "-o", world.scratch / "out", "--target", "onnxruntime")
+    return [(*compiling, "--profile", world.profile, "--machine", file, "--dry-run")]
+
+
 KINDS: dict[str, Commands] = {
     "config": _config,
     "header": _header,
@@ -408,6 +480,15 @@ KINDS: dict[str, Commands] = {
     "recipe": _recipe,
     "ir": _ir,
 }
+MORE: dict[str, Commands] = {
+    "special tokens": _special,
+    "report": _report,
+    "nodes": _nodes,
+    "manifest for ONNX Runtime": _onnx_manifest,
+    "data": _data,
+    "machine table": _machine,
+}
+"""Kinds that the slow run adds."""
 
 
 @contextmanager
@@ -428,9 +509,9 @@ def program(kind: str, first: str, count: str) -> None:
     import torch
 
     torch.set_num_threads(1)
+    print(peak(), flush=True)
     with tempfile.TemporaryDirectory() as place, kept_traces():
         world = World(Path(place))
-        print(peak(), flush=True)
         for outcome in world.cases(kind, range(int(first), int(first) + int(count))):
             # Ends the process if a library hangs, which no signal handler of Python interrupts.
             faulthandler.dump_traceback_later(6 * MAX_SECONDS, exit=True)

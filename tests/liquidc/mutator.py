@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import json
 from collections.abc import Callable
@@ -101,8 +102,11 @@ def mutate_bytes(random: Random, data: bytes) -> bytes:
 
 
 def mutate_json(random: Random, value: Any) -> bytes:
-    """JSON text of a value in which one place was changed."""
+    """JSON text of a value in which one place was changed, sometimes two or three."""
     changed, raw = copy.deepcopy(value), random.choice(RAW)
+    if random.random() < 0.3:
+        with contextlib.suppress(ValueError, RecursionError):
+            changed = json.loads(mutate_json(random, changed))
     hole = "a hole for raw text"
     holder, key = random.choice(list(_places(changed)) or [(changed, None)])
     inside = holder[key] if key is not None else holder

@@ -1,6 +1,6 @@
 """Whatever a file holds, the command ends soon, in little memory, with an answer or a refusal.
 
-A few mutated files of each kind in every run, some 2,000 in the slow one. To see one case:
+A few mutated files of each kind in every run, some 3,000 in the slow one. To see one case:
 `python -m tests.liquidc.mutated KIND NUMBER 1`.
 """
 
@@ -15,9 +15,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.liquidc.mutated import KINDS, Outcome, World, peak
+from tests.liquidc.mutated import KINDS, MORE, Outcome, World, peak
 
-FEW, MANY = 8, 200
+FEW, MANY = 8, 170
 """Cases of each kind: in every run, and in the slow one."""
 MAX_BYTES = 10**9
 """Limit of the memory that a process takes for its cases, above what it takes before them."""
@@ -26,8 +26,8 @@ MAX_BYTES = 10**9
 @pytest.fixture(scope="module")
 def few(tmp_path_factory: pytest.TempPathFactory) -> list[Outcome]:
     """What the first cases of all kinds do, in this process."""
-    world = World(tmp_path_factory.mktemp("mutated"))
     before = peak()
+    world = World(tmp_path_factory.mktemp("mutated"))
     found = [outcome for kind in KINDS for outcome in world.cases(kind, range(FEW))]
     assert peak() - before < MAX_BYTES
     return found
@@ -51,7 +51,7 @@ def check_answers(outcomes: list[Outcome]) -> None:
     """No outcome is a fault, and some are answers and some refusals."""
     for outcome in outcomes:
         assert not outcome.wrong, f"{outcome.case}: {outcome.args} {outcome.wrong}\n{outcome.trace}"
-        if outcome.code:
+        if outcome.code in (2, 3):
             assert any(line.startswith("error: ") for line in outcome.output.splitlines())
     assert {0, 2} <= {outcome.code for outcome in outcomes}
 
@@ -74,12 +74,12 @@ def test_a_few_forge_nothing(few: list[Outcome]) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", [*KINDS, *MORE])
 def test_many(kind: str) -> None:
     check_answers(many(kind))
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", [*KINDS, *MORE])
 def test_many_forge_nothing(kind: str) -> None:
     check_lines(many(kind))
