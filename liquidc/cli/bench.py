@@ -35,7 +35,11 @@ Examples:
     type=click.Path(path_type=Path),
     help="With it: the text.  [default: heldout.txt of the model]",
 )
-@click.option("--threads", type=click.IntRange(min=1), help="Threads of one operation.")
+@click.option(
+    "--threads",
+    type=click.IntRange(min=1),
+    help="Of one operation; most: 16 a core.",
+)
 @json_option
 def command(
     engine: Path,

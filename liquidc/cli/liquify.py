@@ -13,6 +13,10 @@ from liquidc.cli.output import bytes_text, counting, emit_json, json_option, say
 if TYPE_CHECKING:
     from liquidc.gate_tuning import Measurement
     from liquidc.liquify import Liquified
+LARGEST = 2**31 - 1
+"""Limit of steps and seeds."""
+WIDEST = 65_536
+"""Limit of what takes memory: widths, rows, tokens of a window."""
 
 
 @click.command(
@@ -45,17 +49,19 @@ Examples:
     help="Train the gates until this share of the gated layers' work is done; all else is frozen.",
 )
 @click.option("--adapter", is_flag=True, help="With --run: train an adapter for tokens that skip.")
-@click.option("--adapter-width", type=click.IntRange(min=1), help="Its width.  [default: F / 16]")
+@click.option("--adapter-width", type=click.IntRange(1, WIDEST), help="Default: F / 16.")
 @click.option(
     "--data", type=click.Path(path_type=Path), help='Text, or .jsonl with "text" or "ids" a line.'
 )
-@click.option("--steps", type=click.IntRange(min=1), default=300, show_default=True)
-@click.option("--rows", type=click.IntRange(min=1), default=8, show_default=True, help="A step's.")
+@click.option("--steps", type=click.IntRange(1, LARGEST), default=300, show_default=True)
 @click.option(
-    "--length", type=click.IntRange(min=8), default=256, show_default=True, help="Of a window."
+    "--rows", type=click.IntRange(1, WIDEST), default=8, show_default=True, help="By step."
+)
+@click.option(
+    "--length", type=click.IntRange(8, WIDEST), default=256, show_default=True, help="Of a window."
 )
 @click.option("--rate", type=float, default=1e-2, show_default=True, help="Learning rate.")
-@click.option("--seed", type=int, default=0, show_default=True)
+@click.option("--seed", type=click.IntRange(0, LARGEST), default=0, show_default=True)
 @click.option(
     "--kv-policy",
     type=click.Choice(["own", "drop", "inherit"]),
@@ -119,10 +125,14 @@ def command(
 
 def _indices(text: str) -> tuple[int, ...]:
     """`2-4,7` -> 2, 3, 4, 7."""
+    from liquidc.manifest import MAX_LAYERS
+
     found: set[int] = set()
     try:
         for part in text.split(","):
             first, _, last = part.partition("-")
+            if int(last or first) > MAX_LAYERS:
+                raise ValueError("no model has so many")
             found |= set(range(int(first), int(last or first) + 1))
     except ValueError:
         raise click.BadParameter(f"{text!r} is no list such as 2-6 or 2,4,6") from None

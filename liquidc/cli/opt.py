@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
 from liquidc.cli.compile import show_statistics
-from liquidc.cli.output import decoding, emit_json, json_option, say
+from liquidc.cli.output import emit_json, json_option, read_stdin, say
 
 if TYPE_CHECKING:
     from liquidc.ir.rewriter import Statistics
@@ -92,8 +91,7 @@ def _read(path: Path) -> str:
     from liquidc.ir.parser import MAX_BYTES
 
     if str(path) == "-":
-        with decoding("standard input"):
-            return sys.stdin.read()
+        return read_stdin(MAX_BYTES)
     return read_utf8(path, InputError, MAX_BYTES)
 
 

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 from liquidc.errors import InputError
+from liquidc.files import MAX_BYTES
 from liquidc.text import is_text, printable
 from liquidc.version import __version__
 
@@ -65,6 +66,19 @@ def emit_error(message: str, code: int, *, as_json: bool) -> None:
     with contextlib.suppress(OSError):
         if as_json:
             emit_json({"error": message, "exit_code": code})
+
+
+def read_stdin(most: int = MAX_BYTES) -> str:
+    """All of standard input.
+
+    Raises:
+        InputError: it is not text in the encoding of the locale, or has over `most` characters.
+    """
+    with decoding("standard input"):
+        text = sys.stdin.read(most + 1)
+    if len(text) > most:
+        raise InputError(f"standard input: over {most} characters; they are not read")
+    return text
 
 
 @contextlib.contextmanager
@@ -157,7 +171,7 @@ def parse_bytes(text: str, option: str) -> int:
     Raises:
         BadParameter: it is no size.
     """
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(B|kB|KB|MB|GB)?", text.strip())
+    match = re.fullmatch(r"(\d{1,18}(?:\.\d{1,18})?)\s*(B|kB|KB|MB|GB)?", text.strip())
     if match is None:
         raise click.BadParameter(
             f"{text!r} is not a size such as 400MB",

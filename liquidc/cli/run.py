@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from liquidc.cli.output import decoding, emit_json, json_option, say
+from liquidc.cli.output import decoding, emit_json, json_option, read_stdin, say
+from liquidc.files import MAX_BYTES
 from liquidc.text import without_controls
 
 if TYPE_CHECKING:
@@ -64,7 +65,11 @@ Examples:
 @click.option("--depth-bias", default=0.0, show_default=True, help="Above 0 runs more layers.")
 @click.option("--min-depth", default=0, show_default=True, help="Layers that every token runs.")
 @click.option("--show-depth", is_flag=True, help="Colour tokens by the layers that they ran.")
-@click.option("--threads", type=click.IntRange(min=1), help="Threads of one operation.")
+@click.option(
+    "--threads",
+    type=click.IntRange(min=1),
+    help="Of one operation; most: 16 a core.",
+)
 @json_option
 def command(
     engine: Path,
@@ -163,7 +168,7 @@ def _lines(*, ask: bool) -> Iterator[str]:
         if asking:
             click.echo("> ", nl=False)
         with decoding("standard input"):
-            line = sys.stdin.readline()
+            line = sys.stdin.readline(MAX_BYTES)
         if not line:
             return
         if line.strip():
@@ -182,8 +187,7 @@ def _parse_ids(text: str) -> list[int]:
 def _read_prompt() -> str:
     if sys.stdin.isatty():
         raise click.UsageError("Give --prompt or --ids.", click.get_current_context())
-    with decoding("standard input"):
-        return sys.stdin.read().rstrip("\n")
+    return read_stdin().rstrip("\n")
 
 
 def _result(

@@ -25,6 +25,9 @@ def sealed(change: dict[str, Any], drop: str = "") -> bytes:
     return canonical({**body, "seal": hashlib.sha256(canonical(body)).hexdigest()})
 
 
+MODEL, CACHE = (json.loads(manifest().to_bytes())[name] for name in ("model", "cache"))
+
+
 def test_round_trip() -> None:
     original = manifest(files={"weights.bin": FileInfo(3, "0" * 64)}, fidelity={"kl_nats": 0.5})
     again = parse_manifest(original.to_bytes(), "m")
@@ -55,6 +58,21 @@ def test_round_trip() -> None:
         (sealed({"files": {"../x": {"bytes": 1, "sha256": ""}}}), "leads out of the engine"),
         (sealed({"files": {"/etc/passwd": {"bytes": 1, "sha256": ""}}}), "leads out"),
         (sealed({})[:-1], "changed after it was written"),
+        (sealed({}).replace(b"1000", b"NaN"), "changed after it was written"),
+        (sealed({}).replace(b"1000", b"1e999"), "changed after it was written"),
+        (sealed({}).replace(b"1000", b"[" * 100 + b"]" * 100), "nested deeper than 64"),
+        (sealed({"cost": {"always": 2**63, "run": [], "skip": []}}), "an integer of 64 bits"),
+        (sealed({"functions": {}}), "functions have no prefill"),
+        (sealed({"cost": {"always": 1, "run": [1], "skip": [1]}}), "an entry for each gate"),
+        (sealed({"cache": CACHE | {"shape": ["B", "X"]}}), "cache.shape is not of B, S and sizes"),
+        (sealed({"cache": CACHE | {"layers": -1}}), "cache.layers is not from 0"),
+        (sealed({"model": MODEL | {"layers": 10**9}}), "model.layers, .* is out of range"),
+        (sealed({"model": MODEL | {"vocabulary": 0}}), "model.vocabulary or .* is out of range"),
+        (sealed({"model": MODEL | {"layers": 2}}), r"model.gates\[1\] is not a gate"),
+        (
+            sealed({"model": MODEL | {"experts": [{"layer": 9, "experts": 4, "per_token": 2}]}}),
+            r"model.experts\[0\] are not experts of this model",
+        ),
         (sealed({}).replace(b'"schema": 2', b'"schema":  2'), "changed after it was written"),
     ],
 )
@@ -108,6 +126,9 @@ def test_records_round_trip() -> None:
     ("change", "message"),
     [
         ({"inner": {"number": "1"}}, 'inner.number must be a number, not "1"'),
+        ({"inner": {"number": 10**400}}, "inner.number must be a finite number"),
+        ({"inner": {"number": float("inf")}}, "inner.number must be a finite number"),
+        ({"size": 10**30}, "size must be an integer of 64 bits"),
         ({"inner": {"number": True}}, "inner.number must be a number, not true"),
         ({"size": 1.5}, "size can't be 1.5"),
         ({"flag": 1}, "flag must be true or false, not 1"),
