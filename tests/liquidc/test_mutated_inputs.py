@@ -15,7 +15,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.liquidc.mutated import KINDS, MORE, Outcome, World, peak
+from tests.liquidc.mutated import KINDS, MORE, cases
+from tests.liquidc.mutated_world import Outcome, World, peak
 
 FEW, MANY = 8, 170
 """Cases of each kind: in every run, and in the slow one."""
@@ -28,7 +29,7 @@ def few(tmp_path_factory: pytest.TempPathFactory) -> list[Outcome]:
     """What the first cases of all kinds do, in this process."""
     before = peak()
     world = World(tmp_path_factory.mktemp("mutated"))
-    found = [outcome for kind in KINDS for outcome in world.cases(kind, range(FEW))]
+    found = [outcome for kind in KINDS for outcome in cases(world, kind, range(FEW))]
     assert peak() - before < MAX_BYTES
     return found
 

@@ -6,6 +6,7 @@ import json
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -342,6 +343,22 @@ def test_a_profile_of_another_model_is_refused(model_directory: Path, tmp_path: 
     assert not (tmp_path / "engine").exists()
 
 
+SAMPLE = {"pieces": ["a"], "paths": ["00"]}
+
+
+def changed(profile: dict[str, Any], part: str, **values: object) -> str:
+    """The profile as text, with other values in the first entry of a part."""
+    first, *rest = profile[part]
+    return json.dumps({**profile, part: [{**first, **values}, *rest]})
+
+
+def test_profiles_of_other_gates_do_not_add_up(observer: ModelObserver) -> None:
+    a = random_profile(observer, 0, "c")
+    b = replace(random_profile(observer, 1, "d"), experts=a.experts[:2])
+    with pytest.raises(InputError, match="tell of other gates or experts"):
+        merge([a, b])
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -350,6 +367,17 @@ def test_a_profile_of_another_model_is_refused(model_directory: Path, tmp_path: 
         (lambda p: json.dumps({**p, "schema": 9}), "schema 9"),
         (lambda p: json.dumps({**p, "tokens": 1}), "tokens are not those of the data"),
         (lambda p: json.dumps({**p, "more": 1}), "more is not a known field"),
+        (lambda p: json.dumps({**p, "tokens": 10**400}), "tokens must be an integer of 64 bits"),
+        (lambda p: json.dumps({**p, "liquidc": float("nan")}), "liquidc must be a string"),
+        (lambda p: changed(p, "gates", threshold=10**400), "threshold must be a finite number"),
+        (lambda p: changed(p, "gates", threshold=float("inf")), "must be a finite number"),
+        (lambda p: changed(p, "gates", layer=4), "a gate is not in one of the 4 layers"),
+        (lambda p: changed(p, "gates", entropy=-1), "a count is negative"),
+        (lambda p: changed(p, "experts", layer=-1), r"experts\[0\] are not those of a layer"),
+        (lambda p: changed(p, "experts", per_token=9), r"experts\[0\] are not those of a layer"),
+        (lambda p: changed(p, "experts", tokens=-1), r"experts\[0\] have a negative count"),
+        (lambda p: json.dumps({**p, "sample": SAMPLE | {"paths": ["0"]}}), "is not 2 digits"),
+        (lambda p: json.dumps({**p, "sample": SAMPLE | {"paths": []}}), "a path for each token"),
         (lambda p: json.dumps({**p, "transitions": [[1, 1, 1, 1]]}), "transitions do not count"),
         (lambda p: json.dumps({**p, "paths": {"gates": 2, "counts": {"2x": 624}}}), "paths do not"),
     ],
