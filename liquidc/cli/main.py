@@ -108,7 +108,9 @@ def explain(error: BaseException) -> tuple[int, str]:
 
 
 def _shortened(line: str) -> str:
-    return line if len(line) <= MAX_LINE else line[:MAX_LINE] + "…"
+    if len(line) <= MAX_LINE:
+        return line
+    return f"{line[: MAX_LINE // 2]}…{line[-MAX_LINE // 2 :]}"
 
 
 def _explain(error: BaseException) -> tuple[int, str]:

@@ -137,7 +137,6 @@ def test_a_closed_engine(target: str, model_directory: Path, tmp_path: Path) -> 
         lambda: engine.generate("a"),
         lambda: engine.logits([1]),
         lambda: engine.evaluate([1]),
-        lambda: engine.with_runner(engine.runner),
         lambda: list(tokens),
         lambda: session.prefill([1]),
         lambda: session.step([1]),
