@@ -98,6 +98,7 @@ def command(
     not given is as the model's generation_config.json says.
     """
     from liquidc.backends.base import RunnerOptions
+    from liquidc.chat import start_early
     from liquidc.runtime import load
 
     if prompt is not None and ids is not None:
@@ -109,6 +110,8 @@ def command(
     given: str | list[int] = ""
     if not chat:
         given = _parse_ids(ids) if ids is not None else _read_prompt() if prompt is None else prompt
+    if chat:
+        start_early()
     with load(engine, options=RunnerOptions(threads=threads)) as loaded:
 
         def answer(given: str | list[int]) -> dict[str, Any]:

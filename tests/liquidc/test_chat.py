@@ -9,7 +9,8 @@ from typing import Any, cast
 
 import pytest
 
-from liquidc.chat import ChatTemplate, ForbiddenTemplate, read_chat_template
+from liquidc import chat
+from liquidc.chat import ChatTemplate, ForbiddenTemplate, read_chat_template, start_early
 from liquidc.errors import InputError
 from tests.liquidc.conftest import CONFIG, save_model
 from tests.liquidc.test_cli import call, ok, refused
@@ -247,6 +248,17 @@ def test_a_process_that_is_gone_is_replaced() -> None:
     assert template.render([{"role": "user", "content": "a", "n": 2}]) == "a |"
     template.close()
     assert template.render([{"role": "user", "content": "b", "n": 1}]) == "b|"
+    template.close()
+
+
+def test_a_process_that_was_started_early_is_taken() -> None:
+    start_early()
+    start_early()
+    (spare,) = chat._SPARE
+    template = ChatTemplate("{{ messages[0].content }}", Path("x"))
+    assert template.render([{"role": "user", "content": "a"}]) == "a"
+    assert template._worker is spare
+    assert not chat._SPARE
     template.close()
 
 
