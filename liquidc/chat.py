@@ -26,9 +26,9 @@ from liquidc.inputs import TEMPLATE
 from liquidc.special_tokens import TOKENIZER_CONFIG, read_special_tokens
 
 WORKER = Path(__file__).with_name("template_worker.py")
-SECONDS = 20
+TIMEOUT_SECONDS = 20
 """Seconds to wait for an answer, where a busy machine leaves little CPU time to the process."""
-LONGEST = 8 << 20
+MAX_ANSWER_BYTES = 8 << 20
 """Bytes of an answer: a text of the permitted length as JSON, each character as an escape."""
 
 Message = Mapping[str, Any]
@@ -56,8 +56,8 @@ class ChatTemplate:
 
         Raises:
             ForbiddenTemplate: the template does what it may not do, or takes too long.
-            InputError: it is no template, refuses the conversation or fails; or `messages` are
-                none.
+            InputError: it is not a valid template, it refuses the conversation or fails, or a
+                message is malformed.
         """
         given = {
             **self._tokens,
@@ -177,17 +177,17 @@ class _Worker:
         return cast("dict[str, str]", json.loads(self._line()))
 
     def _line(self) -> bytes:
-        until = time.monotonic() + SECONDS
+        until = time.monotonic() + TIMEOUT_SECONDS
         poll = select.poll()
         poll.register(self._answers, select.POLLIN | select.POLLHUP)
         pieces: list[bytes] = []
         size = 0
         while not (pieces and pieces[-1].endswith(b"\n")):
             if not poll.poll(max(until - time.monotonic(), 0) * 1000):
-                raise _Ended(f"no answer after {SECONDS} seconds")
+                raise _Ended(f"no answer after {TIMEOUT_SECONDS} seconds")
             piece = os.read(self._answers, 1 << 16)
             size += len(piece)
-            if not piece or size > LONGEST:
+            if not piece or size > MAX_ANSWER_BYTES:
                 raise _Ended(self._reason())
             pieces.append(piece)
         return b"".join(pieces)

@@ -27,11 +27,11 @@ from jinja2.ext import Extension
 from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-LARGEST = 1 << 20
+MAX_CHARACTERS = 1 << 20
 """Characters that a template may write."""
-MEMORY = 512 << 20
+MAX_MEMORY_BYTES = 512 << 20
 """Bytes of address space; Python and Jinja take about 40 MiB of it."""
-SECONDS = 1
+MAX_CPU_SECONDS = 1
 """CPU time of one conversation, up to one more; an honest one takes about a millisecond."""
 
 
@@ -113,8 +113,8 @@ def rendered(template: Template, given: Mapping[str, Any]) -> str:
     size = 0
     for piece in template.generate(given):
         size += len(piece)
-        if size > LARGEST:
-            raise SecurityError(f"writes over {LARGEST} characters")
+        if size > MAX_CHARACTERS:
+            raise SecurityError(f"writes over {MAX_CHARACTERS} characters")
         pieces.append(piece)
     return "".join(pieces)
 
@@ -122,7 +122,7 @@ def rendered(template: Template, given: Mapping[str, Any]) -> str:
 def limit_process() -> None:
     """Limit what this process may take; a limit that a system does not have is left out."""
     for kind, most in (
-        ("RLIMIT_AS", MEMORY),
+        ("RLIMIT_AS", MAX_MEMORY_BYTES),
         ("RLIMIT_FSIZE", 0),
         ("RLIMIT_NPROC", 0),
         ("RLIMIT_CORE", 0),
@@ -132,9 +132,9 @@ def limit_process() -> None:
 
 
 def limit_seconds() -> None:
-    """Let the system end this process `SECONDS` of CPU time from now, or up to one later."""
+    """Let the system end this process after `MAX_CPU_SECONDS` of CPU time, or up to one later."""
     used = resource.getrusage(resource.RUSAGE_SELF)
-    soft = int(used.ru_utime + used.ru_stime) + SECONDS + 1
+    soft = int(used.ru_utime + used.ru_stime) + MAX_CPU_SECONDS + 1
     resource.setrlimit(resource.RLIMIT_CPU, (soft, resource.getrlimit(resource.RLIMIT_CPU)[1]))
 
 

@@ -14,7 +14,7 @@ from tests import traces
 from tests.oracle.grid import edge_cases, grid
 
 torch.set_num_threads(1)
-gc.set_threshold(20_000, 10, 10)  # as the command does
+gc.set_threshold(20_000, 10, 10)  # as `liquidc.cli.main.main` does
 atexit.register(gc.freeze)
 
 

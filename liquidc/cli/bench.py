@@ -38,7 +38,7 @@ Examples:
 @click.option(
     "--threads",
     type=click.IntRange(min=1),
-    help="Of one operation; most: 16 a core.",
+    help="Threads of one operation, at most 16 for each core.",
 )
 @json_option
 def command(

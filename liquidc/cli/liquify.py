@@ -13,9 +13,9 @@ from liquidc.cli.output import bytes_text, counting, emit_json, json_option, say
 if TYPE_CHECKING:
     from liquidc.gate_tuning import Measurement
     from liquidc.liquify import Liquified
-LARGEST = 2**31 - 1
+MAX_COUNT = 2**31 - 1
 """Limit of steps and seeds."""
-WIDEST = 65_536
+MAX_SIZE = 65_536
 """Limit of what takes memory: widths, rows, tokens of a window."""
 
 
@@ -49,19 +49,29 @@ Examples:
     help="Train the gates until this share of the gated layers' work is done; all else is frozen.",
 )
 @click.option("--adapter", is_flag=True, help="With --run: train an adapter for tokens that skip.")
-@click.option("--adapter-width", type=click.IntRange(1, WIDEST), help="Default: F / 16.")
+@click.option(
+    "--adapter-width", type=click.IntRange(1, MAX_SIZE), help="Width of it.  [default: F / 16]"
+)
 @click.option(
     "--data", type=click.Path(path_type=Path), help='Text, or .jsonl with "text" or "ids" a line.'
 )
-@click.option("--steps", type=click.IntRange(1, LARGEST), default=300, show_default=True)
+@click.option("--steps", type=click.IntRange(1, MAX_COUNT), default=300, show_default=True)
 @click.option(
-    "--rows", type=click.IntRange(1, WIDEST), default=8, show_default=True, help="By step."
+    "--rows",
+    type=click.IntRange(1, MAX_SIZE),
+    default=8,
+    show_default=True,
+    help="Windows of a step.",
 )
 @click.option(
-    "--length", type=click.IntRange(8, WIDEST), default=256, show_default=True, help="Of a window."
+    "--length",
+    type=click.IntRange(8, MAX_SIZE),
+    default=256,
+    show_default=True,
+    help="Tokens of a window.",
 )
 @click.option("--rate", type=float, default=1e-2, show_default=True, help="Learning rate.")
-@click.option("--seed", type=click.IntRange(0, LARGEST), default=0, show_default=True)
+@click.option("--seed", type=click.IntRange(0, MAX_COUNT), default=0, show_default=True)
 @click.option(
     "--kv-policy",
     type=click.Choice(["own", "drop", "inherit"]),

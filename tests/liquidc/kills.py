@@ -13,6 +13,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -187,7 +188,8 @@ def sweep(kind: str, place: Path, runs: Iterable[tuple[str, str]], after_each: i
         force, resume = WAYS[way]
         for before in itertools.count(1):
             here = Path(shutil.copytree(start, place / "here"))
-            if not killed(lambda: write(place / "here/out", force=force, resume=resume), before):  # noqa: B023
+            writer = partial(write, place / "here/out", force=force, resume=resume)
+            if not killed(writer, before):
                 shutil.rmtree(here)
                 break
             kills += 1
@@ -215,7 +217,8 @@ def chains(kind: str, place: Path, count: int) -> int:
         for _ in range(chance.randint(2, 6)):
             force, resume = WAYS[chance.choice(list(WAYS))]
             before = chance.randint(1, 70)
-            kills += killed(lambda: write(place / "here/out", force=force, resume=resume), before)  # noqa: B023
+            writer = partial(write, place / "here/out", force=force, resume=resume)
+            kills += killed(writer, before)
         look_after(write, here, state, chance.choice(list(WAYS)))
         shutil.rmtree(here)
     return kills

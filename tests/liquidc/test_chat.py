@@ -263,7 +263,7 @@ def test_a_process_that_was_started_early_is_taken() -> None:
 
 
 def test_an_answer_that_does_not_come(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("liquidc.chat.SECONDS", 0)
+    monkeypatch.setattr("liquidc.chat.TIMEOUT_SECONDS", 0)
     with pytest.raises(ForbiddenTemplate, match="no answer after 0 seconds"):
         ChatTemplate("a", Path("x")).render([USER])
 
